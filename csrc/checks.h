@@ -1,0 +1,52 @@
+// Argument checks of the operators and the way from tensors to the kernels' view of a problem.
+// Every backend uses these; none of them touches data.
+#pragma once
+
+#include "torch_abi.h"
+
+#include <optional>
+
+#include "problem.h"
+
+namespace cbam {
+
+using torch::headeronly::ScalarType;
+
+struct ParameterTensors {
+  torch::stable::Tensor fc1_weight;
+  std::optional<torch::stable::Tensor> fc1_bias;
+  torch::stable::Tensor fc2_weight;
+  std::optional<torch::stable::Tensor> fc2_bias;
+  torch::stable::Tensor conv_weight;
+  std::optional<torch::stable::Tensor> conv_bias;
+};
+
+ScalarType accumulator_dtype(ScalarType dtype);
+
+// The checks throw RuntimeError with the words that cbam_ext/_checks.py uses for TypeError and
+// ValueError. They return what they checked.
+const torch::stable::Tensor& check_input(const torch::stable::Tensor& input);
+const torch::stable::Tensor& check_forward(const torch::stable::Tensor& input,
+                                           const ParameterTensors& parameters);
+
+// The tensor itself where it is contiguous or channels_last, else a contiguous copy.
+torch::stable::Tensor native_layout(const torch::stable::Tensor& input);
+
+// A tensor of input's shape and dtype, brought to input's layout.
+torch::stable::Tensor like_input(const char* name, const torch::stable::Tensor& tensor,
+                                 const torch::stable::Tensor& input);
+
+// A gate, or a gradient of one, in the accumulator dtype: contiguous [N, C, 1, 1] or [N, 1, H, W].
+enum class MapKind { kChannel, kSpatial };
+torch::stable::Tensor small_map(const char* name, const torch::stable::Tensor& map,
+                                const torch::stable::Tensor& input, MapKind kind);
+
+// input must be of a native layout.
+Problem describe(const torch::stable::Tensor& input, const ParameterTensors& parameters);
+// Without parameters, hidden and kernel are 1.
+Problem describe(const torch::stable::Tensor& input);
+
+// Empty tensors and absent biases become views without data.
+Parameters views(const ParameterTensors& parameters);
+
+}  // namespace cbam

@@ -1,0 +1,187 @@
+// Forward, sample by sample, so that the second and third read of a sample find it in the cache:
+//
+//   pool           read x         avg, max per channel -> MLP -> channel gate
+//   channel stats  read x         mean and maximum of u = ca x per pixel, into bordered maps
+//   convolution    small maps     logits of the spatial gate, and the gate
+//   apply          read x, write  y = sa u
+//
+// Included once per instruction set by isa.inl.
+
+// The pooled maps of one sample: [tiles, padded C] partial results, then [padded C].
+template <class A>
+struct Pools {
+  Pools(Arena& arena, const Shape& shape)
+      : tile_sums(arena.take<A>(shape.tiles * shape.padded_c)),
+        tile_maxima(arena.take<A>(shape.tiles * shape.padded_c)),
+        average(arena.take<A>(shape.padded_c)),
+        maximum(arena.take<A>(shape.padded_c)) {}
+  A* tile_sums;
+  A* tile_maxima;
+  A* average;
+  A* maximum;
+};
+
+// Channel c has a NaN exactly if its sum is NaN and a look at its pixels finds one (the sum of
+// opposite infinities is NaN too). Returns that pixel, or -1.
+template <class Sweeps, class S>
+inline int64_t find_nan_pixel(const Shape& shape, const S* x, int64_t c) {
+  for (int64_t p = 0; p < shape.pixels; ++p) {
+    const Acc<S> value = load_scalar(x + Sweeps::offset(shape, c, p));
+    if (value != value) return p;
+  }
+  return -1;
+}
+
+// Adds the tiles up, in order. The sweeps' maxima ignore NaN; here NaN wins.
+template <class Sweeps, class S, class A>
+inline void settle_pools(const Shape& shape, const S* x, const Pools<A>& pools) {
+  for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
+    Vec<A> sum = Vec<A>{}, maximum = broadcast(-kInfinity<A>);
+    for (int64_t t = 0; t < shape.tiles; ++t) {
+      sum += load(pools.tile_sums + t * shape.padded_c + c);
+      maximum = max(load(pools.tile_maxima + t * shape.padded_c + c), maximum);
+    }
+    const Vec<A> average = sum / static_cast<A>(shape.pixels);
+    store(pools.average + c, average);
+    store(pools.maximum + c, maximum);
+    if (any<A>(average != average)) {
+      for (int64_t i = c; i < std::min(c + kLanes<A>, shape.c); ++i) {
+        if (pools.average[i] != pools.average[i] && find_nan_pixel<Sweeps>(shape, x, i) >= 0) {
+          pools.maximum[i] = kNaN<A>;
+        }
+      }
+    }
+  }
+  // The padding meets weights of zero, so it must be finite.
+  std::fill(pools.average + shape.c, pools.average + shape.padded_c, A{0});
+  std::fill(pools.maximum + shape.c, pools.maximum + shape.padded_c, A{0});
+}
+
+// Turns sums over the channels into means; where a pixel has a NaN, it wins the maximum, and its
+// channel the argmax (where one is asked for).
+template <class Sweeps, class S, class A>
+inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums, A* maxima,
+                         Int<A>* argmax) {
+  IntVec<A> undefined = {};
+  each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+    const Vec<A> mean = load(sums + i) / static_cast<A>(shape.c);
+    const Vec<A> present = fill_absent(mean, part, A{0});
+    undefined |= present != present;
+    store(sums + i, mean);
+  });
+  if (!any<A>(undefined)) return;
+  for (int64_t i = 0; i < tile.size(); ++i) {
+    if (sums[i] == sums[i]) continue;
+    for (int64_t c = 0; c < shape.c; ++c) {
+      const A u = ca[c] * load_scalar(x + Sweeps::offset(shape, c, tile.begin + i));
+      if (u != u) {
+        maxima[i] = kNaN<A>;
+        if (argmax != nullptr) argmax[i] = static_cast<Int<A>>(c);
+        break;
+      }
+    }
+  }
+}
+
+template <class A>
+struct ForwardScratch {
+  ForwardScratch(Arena& arena, const Shape& shape)
+      : pools(arena, shape),
+        hidden(arena, shape),
+        ca(arena.take<A>(shape.padded_c)),
+        sums(arena.take<A>(shape.pixels)),
+        maxima(arena.take<A>(shape.pixels)),
+        stats{arena.take<A>(shape.bordered), arena.take<A>(shape.bordered)},
+        logits(arena.take<A>(shape.h * shape.stride)),
+        sa(arena.take<A>(shape.pixels)) {}
+  Pools<A> pools;
+  Hidden<A> hidden;
+  A* ca;         // [padded C]
+  A* sums;       // [P]
+  A* maxima;     // [P]
+  A* stats[2];   // bordered maps: mean, maximum
+  A* logits;     // [H, stride]
+  A* sa;         // [P]
+};
+
+template <class S, class Sweeps>
+void forward(const ForwardArgs& args) {
+  using A = Acc<S>;
+  const Shape shape(args.problem);
+  if (shape.n == 0) return;
+  const int64_t workers = count_workers(shape);
+  const Prepared<Weights<A>> weights(1, shape);
+  weights[0].pack_from(args.parameters, shape);
+  const Prepared<ForwardScratch<A>> scratch(workers, shape);
+
+  each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
+    const ForwardScratch<A>& s = scratch[worker];
+    const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
+
+    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+      const int64_t at = t * shape.padded_c;
+      Sweeps::pool(shape, Tile(shape, t), x, s.pools.tile_sums + at, s.pools.tile_maxima + at);
+    });
+    settle_pools<Sweeps>(shape, x, s.pools);
+    mlp_hidden(shape, weights[0], s.pools.average, s.pools.maximum, s.hidden);
+    mlp_gate(shape, weights[0], s.hidden, s.ca);
+    if (args.channel_gate != nullptr) {
+      std::copy_n(s.ca, shape.c, static_cast<A*>(args.channel_gate) + n * shape.c);
+    }
+
+    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+      const Tile tile(shape, t);
+      A* sums = s.sums + tile.begin;
+      A* maxima = s.maxima + tile.begin;
+      Sweeps::channel_stats(shape, tile, x, s.ca, sums, maxima);
+      settle_stats<Sweeps>(shape, tile, x, s.ca, sums, maxima, static_cast<Int<A>*>(nullptr));
+      copy_to_bordered(shape, tile.begin, tile.end, sums, s.stats[0]);
+      copy_to_bordered(shape, tile.begin, tile.end, maxima, s.stats[1]);
+    });
+
+    A* logits = args.logits == nullptr ? nullptr : static_cast<A*>(args.logits) + n * shape.pixels;
+    A* sa = args.spatial_gate == nullptr ? s.sa
+                                         : static_cast<A*>(args.spatial_gate) + n * shape.pixels;
+    for_each_unit(parallel, shape.row_units, [&](int64_t unit) {
+      const int64_t first_row = unit * shape.rows_per_unit;
+      const int64_t last_row = std::min(first_row + shape.rows_per_unit, shape.h);
+      convolve_rows<2, 1>(shape, first_row, last_row, s.stats, weights[0].conv, &s.logits);
+      for (int64_t row = first_row; row < last_row; ++row) {
+        each_vector<A>(shape.w, [&](int64_t i, auto part) {
+          const Vec<A> logit = load(s.logits + row * shape.stride + i) + weights[0].conv_bias[0];
+          if (logits != nullptr) store(logits + row * shape.w + i, logit, part);
+          store(sa + row * shape.w + i, sigmoid(logit), part);
+        });
+      }
+    });
+
+    if (args.output == nullptr) return;
+    S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
+    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+      Sweeps::apply(shape, Tile(shape, t), x, s.ca, sa, y);
+    });
+  });
+}
+
+// The second phase alone: the logits come from outside.
+template <class S, class Sweeps>
+void apply(const ApplyArgs& args) {
+  using A = Acc<S>;
+  const Shape shape(args.problem);
+  if (shape.n == 0) return;
+  const int64_t workers = count_workers(shape);
+  const Prepared<GateScratch<A>> scratch(workers, shape);
+
+  each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
+    const GateScratch<A>& s = scratch[worker];
+    const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
+    S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
+    const A* logits = static_cast<const A*>(args.logits) + n * shape.pixels;
+    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
+    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+      const Tile tile(shape, t);
+      sigmoid_tile(tile, logits, s.sa);
+      Sweeps::apply(shape, tile, x, s.ca, s.sa, y);
+    });
+  });
+}

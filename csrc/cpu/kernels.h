@@ -1,0 +1,32 @@
+// The CPU kernels, one table per instruction set, and the choice among them.
+#pragma once
+
+#include "../problem.h"
+
+namespace cbam::cpu {
+
+struct KernelTable {
+  int isa;  // 0 generic (the compiler's baseline), 1 AVX2 + FMA + F16C, 2 AVX-512
+  void (*forward)(const ForwardArgs&);
+  void (*apply)(const ApplyArgs&);
+  void (*apply_backward)(const ApplyBackwardArgs&);
+  void (*backward)(const BackwardArgs&);
+};
+
+// The best table that this machine runs, or the one that the environment variable CBAM_CPU_ISA
+// (generic, avx2 or avx512) names; chosen once.
+const KernelTable& kernels();
+
+namespace generic {
+extern const KernelTable kTable;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+#endif
+
+}  // namespace cbam::cpu

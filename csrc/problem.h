@@ -1,0 +1,97 @@
+// One CBAM problem as the kernels see it: shapes, dtypes, layout and pointers. Shared by every
+// backend; knows nothing of PyTorch.
+//
+// Notation of the whole project: N samples, C channels, H x W = P pixels, R hidden units of the MLP,
+// a k x k convolution. "Accumulator" is double for double storage and float for everything else.
+#pragma once
+
+#include <cstdint>
+
+namespace cbam {
+
+enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+enum class Layout {
+  kNCHW,  // contiguous: the pixels of a channel lie together
+  kNHWC,  // channels_last: the channels of a pixel lie together
+};
+
+struct Problem {
+  int64_t n, c, h, w;
+  int64_t hidden;
+  int64_t kernel;
+  DType dtype;
+  Layout layout;
+
+  int64_t pixels() const { return h * w; }
+};
+
+// A parameter where PyTorch holds it: any strides, its own dtype. data is null where there is none.
+struct ParameterView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t sizes[4] = {1, 1, 1, 1};    // right-aligned: [R, C] is {1, 1, R, C}
+  int64_t strides[4] = {0, 0, 0, 0};  // in elements
+};
+
+struct Parameters {
+  ParameterView fc1_weight;   // [R, C]
+  ParameterView fc1_bias;     // [R]
+  ParameterView fc2_weight;   // [C, R]
+  ParameterView fc2_bias;     // [C]
+  ParameterView conv_weight;  // [1, 2, k, k]
+  ParameterView conv_bias;    // [1]
+};
+
+// x -> channel gate -> logits of the spatial gate -> y. Outputs that are null are not wanted; the
+// kernels stop after the last one that is.
+struct ForwardArgs {
+  Problem problem;
+  Parameters parameters;
+  const void* input;   // [N, C, H, W]
+  void* output;        // [N, C, H, W]
+  void* channel_gate;  // [N, C] accumulator
+  void* spatial_gate;  // [N, P] accumulator
+  void* logits;        // [N, P] accumulator
+};
+
+// y = sigmoid(logits) * channel gate * x.
+struct ApplyArgs {
+  Problem problem;
+  const void* input;         // [N, C, H, W]
+  const void* channel_gate;  // [N, C] accumulator
+  const void* logits;        // [N, P] accumulator
+  void* output;              // [N, C, H, W]
+};
+
+// Gradient of ApplyArgs with respect to the two maps; its gradient with respect to x is taken by
+// BackwardArgs, together with everything else that x receives.
+struct ApplyBackwardArgs {
+  Problem problem;
+  const void* grad_output;   // [N, C, H, W]
+  const void* input;         // [N, C, H, W]
+  const void* channel_gate;  // [N, C] accumulator
+  const void* logits;        // [N, P] accumulator
+  void* grad_channel_gate;   // [N, C] accumulator: sum_p g sa x
+  void* grad_logits;         // [N, P] accumulator: sa (1 - sa) sum_c g u
+  void* spatial_gate;        // [N, P] accumulator
+};
+
+// The whole backward. Where grad_logits and grad_channel_gate are null they are computed first, as
+// ApplyBackwardArgs says; where they are given (a norm stands between the phases) that is skipped.
+struct BackwardArgs {
+  Problem problem;
+  Parameters parameters;
+  const void* grad_output;        // [N, C, H, W]
+  const void* input;              // [N, C, H, W]
+  const void* channel_gate;       // [N, C] accumulator
+  const void* spatial_gate;       // [N, P] accumulator
+  const void* grad_channel_gate;  // [N, C] accumulator or null
+  const void* grad_logits;        // [N, P] accumulator or null
+  void* grad_input;               // [N, C, H, W] or null: not wanted
+  Parameters grads;               // views with null data are not wanted
+  bool mlp_grads;                 // whether any gradient of the MLP is wanted
+  bool conv_grads;                // whether any gradient of the convolution is wanted
+};
+
+}  // namespace cbam
