@@ -1,0 +1,23 @@
+"""CBAM attention as one fused, differentiable PyTorch operator.
+
+>>> import torch, cbam_ext
+>>> cbam_ext.CBAM(in_channels=32)(torch.rand(1, 32, 8, 8)).shape
+torch.Size([1, 32, 8, 8])
+
+Importing loads the compiled kernels if they are there and never builds anything; without them
+everything runs as plain PyTorch. ``python -m cbam_ext`` tells what was found.
+"""
+
+from __future__ import annotations
+
+from . import _library, ops, reference
+from ._version import __version__
+from .functional import cbam
+from .jit import load
+from .module import CBAM
+
+__all__ = ["CBAM", "__version__", "cbam", "load", "reference"]
+
+_library.load()
+if _library.is_loaded():
+    ops.register()

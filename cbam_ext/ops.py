@@ -1,0 +1,384 @@
+"""What the compiled operators mean to PyTorch: gradients, fake kernels, errors where no kernel is.
+
+The library registers schemas and kernels (csrc/ops.cpp); the stable ABI leaves the rest to Python.
+Each differentiable operator has a Python function under its ``Autograd`` key. Where a gradient is
+wanted, it applies a ``torch.autograd.Function`` that calls a private operator, which also returns
+the small maps that backward needs; elsewhere it goes straight to the kernel. So ``cbam::forward``
+stays one node in a graph, and inference computes and keeps nothing for backward.
+
+While transforms of ``torch.func`` are active, :func:`cbam` applies the Function directly, because
+those transforms do not look inside an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import _library, reference
+from ._checks import check_arguments
+
+_PARAMETERS = 6  # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
+
+# Kept alive for as long as the process runs: a Library takes its registrations along when it dies.
+_registrations: torch.library.Library | None = None
+_device_types: set[str] = set()
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether the operators have kernels for this type of device ("cpu", "cuda", ...)."""
+    return device_type in _device_types
+
+
+def cbam(input: Tensor, *parameters: Tensor | None) -> Tensor:
+    """``torch.ops.cbam.forward``, differentiable under the transforms of ``torch.func`` as well."""
+    if torch._C._are_functorch_transforms_active():
+        return _Forward.apply(input, *parameters)[0]
+    return torch.ops.cbam.forward(input, *parameters)
+
+
+def spatial_logits(
+    input: Tensor, *parameters: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """First phase of the operator around a norm: channel gate, spatial logits, and two carriers.
+
+    The carriers hold no data. In backward they bring the gradient of the second phase's output and
+    its spatial gate here (not gradients of the carriers in the sense of calculus), so that the
+    gradient of ``input`` is written once, by this phase, instead of in two full-size parts that
+    autograd would have to add. Hand them to :func:`apply_gates` and use them for nothing else.
+    """
+    channel_gate, logits, *carriers = _SpatialLogits.apply(input, *parameters)
+    return channel_gate, logits, tuple(carriers)
+
+
+def apply_gates(
+    input: Tensor, channel_gate: Tensor, logits: Tensor, carriers: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Second phase: ``sigmoid(logits) * channel_gate * input``."""
+    return _ApplyGates.apply(input, channel_gate, logits, *carriers)
+
+
+# ------------------------------------------------------------------------------------- autograd
+
+
+class _Forward(Function):
+    """(input, parameters) -> (output, channel gate, spatial gate); the gates are for backward."""
+
+    @staticmethod
+    def forward(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.cbam._forward_train(input, *parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, channel_gate, spatial_gate = output
+        ctx.mark_non_differentiable(channel_gate, spatial_gate)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, channel_gate, spatial_gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * (1 + _PARAMETERS)
+        input, *parameters, channel_gate, spatial_gate = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        arguments = (grad_output, input, channel_gate, spatial_gate, *parameters, *_groups(wanted))
+        if torch._C._are_functorch_transforms_active():
+            gradients = _Backward.apply(*arguments)
+        else:
+            gradients = torch.ops.cbam._backward(*arguments)
+        return _select(gradients, wanted)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], input: Tensor, *parameters: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if any(dim is not None for dim in in_dims[1:]):
+            return _vmap_by_loop(_Forward, info.batch_size, in_dims, (input, *parameters))
+        # Only the input is batched: the samples of all examples are one batch.
+        input = input.movedim(in_dims[0], 0)
+        outputs = _Forward.apply(input.flatten(0, 1), *parameters)
+        return tuple(out.unflatten(0, input.shape[:2]) for out in outputs), (0, 0, 0)
+
+
+class _Backward(Function):
+    """The gradients of :class:`_Forward` as a function: its own gradient is that of the reference."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        input: Tensor,
+        channel_gate: Tensor,
+        spatial_gate: Tensor,
+        *parameters_and_groups: Any,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.cbam._backward(
+            grad_output, input, channel_gate, spatial_gate, *parameters_and_groups
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_output, input, _, _, *parameters = inputs
+        ctx.groups = parameters[_PARAMETERS:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_output, input, *parameters[:_PARAMETERS])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            saved = ctx.saved_tensors
+            # Views, so that the graph built here hangs below whatever the saved tensors belong to.
+            grad_output, input, *parameters = (
+                None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                for t in saved
+            )
+            output = reference.cbam(input, *parameters)
+            leaves = [input, *parameters]
+            asked = [i for i, grad in enumerate(grad_gradients) if grad is not None]
+            first = torch.autograd.grad(
+                output, [leaves[i] for i in asked], grad_output, create_graph=True
+            )
+            through = [grad_output, *leaves]
+            present = [i for i, t in enumerate(through) if t is not None]
+            second = torch.autograd.grad(
+                first,
+                [through[i] for i in present],
+                [grad_gradients[i] for i in asked],
+                allow_unused=True,
+                create_graph=torch.is_grad_enabled(),
+            )
+        by_index: dict[int, Tensor | None] = dict(zip(present, second, strict=True))
+        grads = [by_index.get(i) for i in range(2 + _PARAMETERS)]
+        return (grads[0], grads[1], None, None, *grads[2:], None, None, None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        # Gradients of the parameters sum over a batch, so examples cannot share one.
+        return _vmap_by_loop(_Backward, info.batch_size, in_dims, arguments)
+
+
+class _SpatialLogits(Function):
+    """(input, parameters) -> (channel gate, logits, carriers); see :func:`spatial_logits`."""
+
+    @staticmethod
+    def forward(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        channel_gate, logits = torch.ops.cbam._logits(input, *parameters)
+        carriers = (like.new_empty(()).expand(like.shape) for like in (input, logits))
+        return channel_gate, logits, *carriers
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_channel_gate: Tensor,
+        grad_logits: Tensor,
+        grad_output: Tensor,
+        spatial_gate: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        input, *parameters, channel_gate = ctx.saved_tensors
+        gradients = torch.ops.cbam._logits_backward(
+            grad_output,
+            input,
+            channel_gate,
+            spatial_gate,
+            grad_channel_gate,
+            grad_logits,
+            *parameters,
+            *_groups(ctx.needs_input_grad),
+        )
+        return _select(gradients, ctx.needs_input_grad)
+
+
+class _ApplyGates(Function):
+    """(input, channel gate, logits, carriers) -> output."""
+
+    @staticmethod
+    def forward(input: Tensor, channel_gate: Tensor, logits: Tensor, *carriers: Tensor) -> Tensor:
+        return torch.ops.cbam._apply(input, channel_gate, logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_channel_gate, grad_logits, spatial_gate = torch.ops.cbam._apply_backward(
+            grad_output, *ctx.saved_tensors
+        )
+        return None, grad_channel_gate, grad_logits, grad_output, spatial_gate
+
+
+def _groups(wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
+    """Which gradients the kernels compute: of the input, of the MLP, of the convolution."""
+    return wanted[0], any(wanted[1:5]), any(wanted[5:7])
+
+
+def _select(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if want else None for grad, want in zip(gradients, wanted, strict=True))
+
+
+def _vmap_by_loop(
+    function: type[Function], batch_size: int, in_dims: tuple[int | None, ...], arguments: tuple
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    results = [
+        function.apply(
+            *(
+                argument if dim is None else argument.select(dim, i)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(batch_size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+# --------------------------------------------------------------------------------- fake kernels
+
+
+def _like_output(input: Tensor) -> Tensor:
+    """An empty tensor of the strides that the kernels give output and input gradient."""
+    native = input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(
+        input, memory_format=torch.preserve_format if native else torch.contiguous_format
+    )
+
+
+def _like_gates(input: Tensor) -> tuple[Tensor, Tensor]:
+    n, c, h, w = input.shape
+    dtype = reference.accumulator_dtype(input.dtype)
+    return input.new_empty((n, c, 1, 1), dtype=dtype), input.new_empty((n, 1, h, w), dtype=dtype)
+
+
+def _like_gradients(
+    input: Tensor, parameters: Sequence[Tensor | None], groups: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    wanted = [groups[1]] * 4 + [groups[2]] * 2
+    return (
+        _like_output(input) if groups[0] else input.new_empty(0),
+        *(
+            torch.empty_like(parameter) if parameter is not None and want else input.new_empty(0)
+            for parameter, want in zip(parameters, wanted, strict=True)
+        ),
+    )
+
+
+def _fake_forward(input: Tensor, *parameters: Tensor | None) -> Tensor:
+    check_arguments(input, *parameters)
+    return _like_output(input)
+
+
+def _fake_gates(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
+    check_arguments(input, *parameters)
+    return _like_gates(input)
+
+
+def _fake_forward_train(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    return _fake_forward(input, *parameters), *_like_gates(input)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    *parameters_and_groups: Any,
+) -> tuple[Tensor, ...]:
+    return _like_gradients(
+        input, parameters_and_groups[:_PARAMETERS], parameters_and_groups[_PARAMETERS:]
+    )
+
+
+def _fake_apply(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
+    return _like_output(input)
+
+
+def _fake_apply_backward(
+    grad_output: Tensor, input: Tensor, channel_gate: Tensor, logits: Tensor
+) -> tuple[Tensor, ...]:
+    channel_gate, spatial_gate = _like_gates(input)
+    return channel_gate, spatial_gate, torch.empty_like(spatial_gate)
+
+
+def _fake_logits_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    grad_channel_gate: Tensor,
+    grad_logits: Tensor,
+    *parameters_and_groups: Any,
+) -> tuple[Tensor, ...]:
+    return _like_gradients(
+        input, parameters_and_groups[:_PARAMETERS], parameters_and_groups[_PARAMETERS:]
+    )
+
+
+# --------------------------------------------------------------------------------- registration
+
+_FAKES = {
+    "forward": _fake_forward,
+    "gates": _fake_gates,
+    "_forward_train": _fake_forward_train,
+    "_backward": _fake_backward,
+    "_logits": _fake_gates,
+    "_apply": _fake_apply,
+    "_apply_backward": _fake_apply_backward,
+    "_logits_backward": _fake_logits_backward,
+}
+
+# The functions that stand under the Autograd key where a gradient is wanted. The others are not
+# differentiable: gates by contract, the phases because _SpatialLogits and _ApplyGates wrap them.
+_DIFFERENTIABLE = {
+    "forward": lambda *arguments: _Forward.apply(*arguments)[0],
+    "_forward_train": _Forward.apply,
+    "_backward": _Backward.apply,
+}
+
+
+def register() -> None:
+    """Registers the Python half of the operators once the library is loaded; idempotent."""
+    global _registrations
+    if _registrations is None:
+        registrations = torch.library.Library("cbam", "IMPL")
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"cbam::{name}", fake, lib=registrations)
+            registrations.impl(name, _autograd_kernel(name), "Autograd")
+            registrations.impl(name, _explain_missing_kernel, "CompositeExplicitAutograd")
+        _registrations = registrations
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta")):
+        if torch._C._dispatch_has_kernel_for_dispatch_key("cbam::forward", key):
+            _device_types.add(device_type)
+
+
+def _autograd_kernel(name: str) -> Any:
+    operator = getattr(torch.ops.cbam, name).default
+    differentiable = _DIFFERENTIABLE.get(name)
+
+    def kernel(*arguments: Any) -> Any:
+        if differentiable is not None and torch.is_grad_enabled() and _any_requires_grad(arguments):
+            return differentiable(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return kernel
+
+
+def _any_requires_grad(arguments: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+
+
+def _explain_missing_kernel(*arguments: Any) -> Any:
+    device_type = next(value.device.type for value in arguments if isinstance(value, Tensor))
+    raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason(device_type)}")

@@ -1,0 +1,85 @@
+"""CBAM in plain PyTorch: the readable specification, the test oracle and the fallback.
+
+Woo, Park, Lee, Kweon: "CBAM: Convolutional Block Attention Module", ECCV 2018, arXiv:1807.06521.
+Every kernel of this package is compared with these few lines in float64. They run on any device and
+differentiate any number of times; they are what :func:`cbam_ext.cbam` falls back to where no kernel
+is available.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._checks import check_arguments
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, gates, pooled maps and logits for an input of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cbam(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """Refines ``input`` by channel attention, then spatial attention (paper, equation 1).
+
+    Arguments, result and errors are those of :func:`cbam_ext.cbam`.
+    """
+    check_arguments(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
+    gate = channel_gate(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    logits = spatial_logits(input, gate, conv_weight, conv_bias)
+    return apply_gates(input, gate, logits)
+
+
+def channel_gate(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> Tensor:
+    """Channel attention (paper, equation 2): ``[N, C, 1, 1]`` in the accumulator dtype.
+
+    One MLP serves both pooled vectors, so the bias of its second layer counts twice.
+    """
+    dtype = accumulator_dtype(input.dtype)
+    pixels = input.to(dtype).flatten(2)  # [N, C, P]
+
+    def mlp(pooled: Tensor) -> Tensor:
+        hidden = F.relu(F.linear(pooled, fc1_weight.to(dtype), _to(fc1_bias, dtype)))
+        return F.linear(hidden, fc2_weight.to(dtype), _to(fc2_bias, dtype))
+
+    # max(dim) and not amax: ties send the whole gradient to the first maximum.
+    return torch.sigmoid(mlp(pixels.mean(2)) + mlp(pixels.max(2).values))[..., None, None]
+
+
+def spatial_logits(
+    input: Tensor, channel_gate: Tensor, conv_weight: Tensor, conv_bias: Tensor | None
+) -> Tensor:
+    """Logits of the spatial attention (paper, equation 3): ``[N, 1, H, W]``, accumulator dtype.
+
+    Channel 0 of the convolution sees the average over the channels, channel 1 the maximum.
+    """
+    dtype = accumulator_dtype(input.dtype)
+    refined = channel_gate * input.to(dtype)
+    stats = torch.cat([refined.mean(1, keepdim=True), refined.max(1, keepdim=True).values], 1)
+    padding = conv_weight.shape[-1] // 2
+    return F.conv2d(stats, conv_weight.to(dtype), _to(conv_bias, dtype), padding=padding)
+
+
+def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
+    """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``."""
+    refined = channel_gate * input.to(accumulator_dtype(input.dtype))
+    return (torch.sigmoid(logits) * refined).to(input.dtype)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
