@@ -21,3 +21,5 @@ __all__ = ["CBAM", "__version__", "cbam", "load", "reference"]
 _library.load()
 if _library.is_loaded():
     ops.register()
+else:
+    ops.explain_absence()

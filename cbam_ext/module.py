@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class CBAM(nn.Module):
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
 
     def _folded_parameters(self, norm: _BatchNorm) -> tuple[Tensor | None, ...]:
-        """The parameters with a BatchNorm that only scales and shifts folded into the convolution."""
+        """The parameters, with a norm that scales and shifts folded into the convolution."""
         *mlp, weight, bias = self._parameters_of_op()
         assert weight is not None and norm.running_mean is not None
         assert norm.running_var is not None
@@ -181,11 +182,10 @@ def _folds(norm: nn.Module) -> bool:
 
 
 def _normalise(norm: nn.Module, logits: Tensor) -> Tensor:
-    """``norm(logits)``, computed in the dtype of the norm's own parameters."""
-    parameter = next(norm.parameters(), None)
-    if parameter is None or parameter.dtype == logits.dtype:
-        return norm(logits)
-    return norm(logits.to(parameter.dtype)).to(logits.dtype)
+    """``norm(logits)``, computed in the dtype of the norm's own parameters or statistics."""
+    held = (tensor.dtype for tensor in chain(norm.parameters(), norm.buffers()))
+    dtype = next((dtype for dtype in held if dtype.is_floating_point), logits.dtype)
+    return norm(logits.to(dtype)).to(logits.dtype)
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import _library, reference
 from ._checks import check_arguments
@@ -106,7 +107,7 @@ class _Forward(Function):
 
 
 class _Backward(Function):
-    """The gradients of :class:`_Forward` as a function: its own gradient is that of the reference."""
+    """The gradients of :class:`_Forward`; their own gradients are those of the reference."""
 
     @staticmethod
     def forward(
@@ -129,11 +130,17 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grad_gradients):
+            return (None,) * (4 + _PARAMETERS + 3)
         with torch.enable_grad():
             saved = ctx.saved_tensors
             # Views, so that the graph built here hangs below whatever the saved tensors belong to.
             grad_output, input, *parameters = (
-                None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+                None
+                if t is None
+                else t.view_as(t)
+                if t.requires_grad
+                else t.detach().requires_grad_()
                 for t in saved
             )
             output = reference.cbam(input, *parameters)
@@ -249,7 +256,14 @@ def _vmap_by_loop(
 
 def _like_output(input: Tensor) -> Tensor:
     """An empty tensor of the strides that the kernels give output and input gradient."""
-    native = input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)
+    channels_last = input.is_contiguous(memory_format=torch.channels_last)
+    if statically_known_true(input.shape[0] == 0):
+        # An empty tensor counts as contiguous whatever its strides, and keeps them in empty_like.
+        last = channels_last and input.stride(1) == 1 and input.shape[1] > 1
+        return input.new_empty(input.shape).contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format
+        )
+    native = channels_last or input.is_contiguous()
     return torch.empty_like(
         input, memory_format=torch.preserve_format if native else torch.contiguous_format
     )
@@ -338,6 +352,8 @@ _FAKES = {
     "_logits_backward": _fake_logits_backward,
 }
 
+_PUBLIC = ("forward", "gates")
+
 # The functions that stand under the Autograd key where a gradient is wanted. The others are not
 # differentiable: gates by contract, the phases because _SpatialLogits and _ApplyGates wrap them.
 _DIFFERENTIABLE = {
@@ -350,6 +366,9 @@ _DIFFERENTIABLE = {
 def register() -> None:
     """Registers the Python half of the operators once the library is loaded; idempotent."""
     global _registrations
+    for name in _PUBLIC:
+        if vars(torch.ops.cbam).get(name) is _explain_missing_library:
+            delattr(torch.ops.cbam, name)
     if _registrations is None:
         registrations = torch.library.Library("cbam", "IMPL")
         for name, fake in _FAKES.items():
@@ -362,12 +381,22 @@ def register() -> None:
             _device_types.add(device_type)
 
 
+def explain_absence() -> None:
+    """Makes ``torch.ops.cbam.forward`` and ``gates`` explain themselves while nothing is compiled.
+
+    Without this PyTorch only says that the namespace has no such attribute. :func:`register`
+    clears the way for the operators, once :func:`cbam_ext.load` has built them.
+    """
+    for name in _PUBLIC:
+        setattr(torch.ops.cbam, name, _explain_missing_library)
+
+
 def _autograd_kernel(name: str) -> Any:
     operator = getattr(torch.ops.cbam, name).default
     differentiable = _DIFFERENTIABLE.get(name)
 
     def kernel(*arguments: Any) -> Any:
-        if differentiable is not None and torch.is_grad_enabled() and _any_requires_grad(arguments):
+        if differentiable is not None and _wants_derivative(arguments):
             return differentiable(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
@@ -375,8 +404,18 @@ def _autograd_kernel(name: str) -> Any:
     return kernel
 
 
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
+def _wants_derivative(arguments: Sequence[Any]) -> bool:
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    # Forward mode: the Functions refuse it, where the kernels would drop the tangents in silence.
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def _explain_missing_library(*arguments: Any, **keywords: Any) -> Any:
+    raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason('cpu')}")
 
 
 def _explain_missing_kernel(*arguments: Any) -> Any:

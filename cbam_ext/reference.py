@@ -8,16 +8,37 @@ is available.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ._checks import check_arguments
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, gates, pooled maps and logits for an input of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs ``function`` outside autocast, which would round gates and logits to half."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = args[0].device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def cbam(
@@ -39,6 +60,7 @@ def cbam(
     return apply_gates(input, gate, logits)
 
 
+@_without_autocast
 def channel_gate(
     input: Tensor,
     fc1_weight: Tensor,
@@ -61,6 +83,7 @@ def channel_gate(
     return torch.sigmoid(mlp(pixels.mean(2)) + mlp(pixels.max(2).values))[..., None, None]
 
 
+@_without_autocast
 def spatial_logits(
     input: Tensor, channel_gate: Tensor, conv_weight: Tensor, conv_bias: Tensor | None
 ) -> Tensor:
@@ -75,6 +98,7 @@ def spatial_logits(
     return F.conv2d(stats, conv_weight.to(dtype), _to(conv_bias, dtype), padding=padding)
 
 
+@_without_autocast
 def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
     """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``."""
     refined = channel_gate * input.to(accumulator_dtype(input.dtype))

@@ -108,14 +108,19 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
                   shape_of(tensor));
 }
 
-bool is_channels_last(const Tensor& tensor) {
-  const int64_t c = tensor.size(1), h = tensor.size(2), w = tensor.size(3);
-  const int64_t expected[4] = {c * h * w, 1, c * w, c};
-  for (int64_t i = 0; i < 4; ++i) {
-    if (tensor.size(i) != 1 && tensor.stride(i) != expected[i]) return false;
+// Whether the dimensions, taken in this order from the fastest, lie densely; strides of dimensions of
+// size 1 do not matter.
+bool is_dense(const Tensor& tensor, std::initializer_list<int64_t> fastest_first) {
+  int64_t expected = 1;
+  for (int64_t dim : fastest_first) {
+    const int64_t size = tensor.size(dim);
+    if (size != 1 && tensor.stride(dim) != expected) return false;
+    expected *= size;
   }
   return true;
 }
+
+bool is_channels_last(const Tensor& tensor) { return is_dense(tensor, {1, 3, 2, 0}); }
 
 // Where a tensor is both, the layout with the longer rows is the better one to walk.
 Layout layout_of(const Tensor& tensor) {
@@ -190,6 +195,15 @@ const Tensor& check_forward(const Tensor& input, const ParameterTensors& paramet
 Tensor native_layout(const Tensor& input) {
   if (input.is_contiguous() || is_channels_last(input)) return input;
   return torch::stable::contiguous(input);
+}
+
+Tensor empty_like_input(const Tensor& input) {
+  if (input.numel() > 0) return torch::stable::empty_like(input);
+  // An empty tensor counts as contiguous whatever its strides, and keeps them in empty_like.
+  const bool last = is_channels_last(input) && input.size(1) > 1 && input.stride(1) == 1;
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(torch::stable::new_empty(input, input.sizes()),
+                                   last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 Tensor like_input(const char* name, const Tensor& tensor, const Tensor& input) {

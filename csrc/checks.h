@@ -32,6 +32,9 @@ const torch::stable::Tensor& check_forward(const torch::stable::Tensor& input,
 // The tensor itself where it is contiguous or channels_last, else a contiguous copy.
 torch::stable::Tensor native_layout(const torch::stable::Tensor& input);
 
+// A new tensor of the shape, dtype and strides of an input in a native layout.
+torch::stable::Tensor empty_like_input(const torch::stable::Tensor& input);
+
 // A tensor of input's shape and dtype, brought to input's layout.
 torch::stable::Tensor like_input(const char* name, const torch::stable::Tensor& tensor,
                                  const torch::stable::Tensor& input);

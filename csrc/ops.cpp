@@ -85,7 +85,7 @@ struct ForwardCall {
     args.input = this->input.const_data_ptr();
   }
   Tensor output() {
-    Tensor output = torch::stable::empty_like(input);
+    Tensor output = empty_like_input(input);
     args.output = output.mutable_data_ptr();
     return output;
   }
@@ -153,7 +153,7 @@ Tensor apply_cpu(const Tensor& input, const Tensor& channel_gate, const Tensor& 
   const Tensor x = native_layout(input);
   const Tensor gate = small_map("channel_gate", channel_gate, x, MapKind::kChannel);
   const Tensor dense_logits = small_map("logits", logits, x, MapKind::kSpatial);
-  Tensor output = torch::stable::empty_like(x);
+  Tensor output = empty_like_input(x);
   ApplyArgs args{};
   args.problem = describe(x);
   args.input = x.const_data_ptr();
@@ -211,7 +211,7 @@ Gradients run_backward(const Tensor& grad_output, const Tensor& input, const Ten
     if (!wanted || !tensor.has_value()) return empty(x, {0}, x.scalar_type());
     return torch::stable::empty_like(*tensor);
   };
-  Tensor grad_input = gradient_of(input_grad, x);
+  Tensor grad_input = input_grad ? empty_like_input(x) : empty(x, {0}, x.scalar_type());
   const ParameterTensors grads{
       gradient_of(mlp_grads, parameters.fc1_weight),
       gradient_of(mlp_grads, parameters.fc1_bias),

@@ -1,0 +1,59 @@
+"""What people use today, as modules with the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import cbam_ext
+
+
+class EagerCBAM(nn.Module):
+    """CBAM as a chain of PyTorch operators, in the fastest honest formulation.
+
+    ``mean`` and ``amax`` reduce in one call each; ``max`` with indices and the adaptive pools, as
+    most public copies have them, are slower. (``amax`` splits the gradient among equal maxima.)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(1, channels // 16)
+        self.fc1 = nn.Linear(channels, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, channels, bias=False)
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        average, maximum = x.mean((2, 3)), x.amax((2, 3))
+        z = self.fc2(torch.relu(self.fc1(average))) + self.fc2(torch.relu(self.fc1(maximum)))
+        u = torch.sigmoid(z)[..., None, None] * x
+        stats = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
+        return torch.sigmoid(self.conv(stats)) * u
+
+
+def _compiled(channels: int) -> nn.Module:
+    return torch.compile(EagerCBAM(channels), dynamic=False)
+
+
+def _scse(channels: int) -> nn.Module:
+    from segmentation_models_pytorch.base.modules import SCSEModule
+
+    return SCSEModule(channels)
+
+
+def _timm(channels: int) -> nn.Module:
+    from timm.layers.cbam import CbamModule
+
+    return CbamModule(channels)
+
+
+# Name to what builds the module for a number of channels. "ours" comes first.
+MODULES: dict[str, Callable[[int], nn.Module]] = {
+    "ours": cbam_ext.CBAM,
+    "eager": EagerCBAM,
+    "compile": _compiled,
+    "timm": _timm,
+    "scse": _scse,
+}
+NEEDS = {"timm": "timm", "scse": "segmentation_models_pytorch"}
