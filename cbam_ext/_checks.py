@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS = 2**31 - 1  # kernels keep the channel of a maximum in 32 bits
 
 
 def check_arguments(
@@ -32,6 +33,8 @@ def check_arguments(
     _, channels, height, width = input.shape
     if channels == 0 or height == 0 or width == 0:
         raise ValueError(f"input must have C, H and W of at least 1, got {_shape(input)}")
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"input must have at most {MAX_CHANNELS} channels, got {_shape(input)}")
 
     parameters = {
         "fc1_weight": fc1_weight,

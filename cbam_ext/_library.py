@@ -42,8 +42,9 @@ def status() -> Status:
 
 def is_loaded() -> bool:
     """Whether the operators exist in this process, whoever loaded them."""
-    # Not hasattr: in the operator's absence its name may hold a function that explains.
-    return isinstance(getattr(torch.ops.cbam, "forward", None), torch._ops.OpOverloadPacket)
+    # Not hasattr(torch.ops.cbam, ...): in the operator's absence a function that explains stands
+    # there. The dispatcher knows.
+    return len(torch._C._jit_get_schemas_for_operator("cbam::forward")) > 0
 
 
 def torch_has_cuda() -> bool:

@@ -130,37 +130,27 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grad_gradients):
+        asked = [i for i, grad in enumerate(grad_gradients) if grad is not None]
+        if not asked:
             return (None,) * (4 + _PARAMETERS + 3)
-        with torch.enable_grad():
-            saved = ctx.saved_tensors
-            # Views, so that the graph built here hangs below whatever the saved tensors belong to.
-            grad_output, input, *parameters = (
-                None
-                if t is None
-                else t.view_as(t)
-                if t.requires_grad
-                else t.detach().requires_grad_()
-                for t in saved
-            )
-            output = reference.cbam(input, *parameters)
-            leaves = [input, *parameters]
-            asked = [i for i, grad in enumerate(grad_gradients) if grad is not None]
-            first = torch.autograd.grad(
-                output, [leaves[i] for i in asked], grad_output, create_graph=True
-            )
-            through = [grad_output, *leaves]
-            present = [i for i, t in enumerate(through) if t is not None]
-            second = torch.autograd.grad(
-                first,
-                [through[i] for i in present],
-                [grad_gradients[i] for i in asked],
-                allow_unused=True,
-                create_graph=torch.is_grad_enabled(),
-            )
-        by_index: dict[int, Tensor | None] = dict(zip(present, second, strict=True))
-        grads = [by_index.get(i) for i in range(2 + _PARAMETERS)]
-        return (grads[0], grads[1], None, None, *grads[2:], None, None, None)
+        grad_output, *leaves = ctx.saved_tensors
+        present = [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+        # torch.func and not autograd.grad: this also has to run inside transforms.
+        def first_order(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            def output(*values: Tensor) -> Tensor:
+                given = dict(zip(present, values, strict=True))
+                return reference.cbam(*(given.get(i) for i in range(1 + _PARAMETERS)))
+
+            _, pull = torch.func.vjp(output, *values)
+            gradients = dict(zip(present, pull(grad_output), strict=True))
+            return tuple(gradients[i] for i in asked)
+
+        _, pull = torch.func.vjp(first_order, grad_output, *(leaves[i] for i in present))
+        second = pull(tuple(grad_gradients[i] for i in asked))
+        by_index = dict(zip(present, second[1:], strict=True))
+        grads = [by_index.get(i) for i in range(1 + _PARAMETERS)]
+        return (second[0], grads[0], None, None, *grads[1:], None, None, None)
 
     @staticmethod
     def vmap(
@@ -182,6 +172,12 @@ class _SpatialLogits(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _vmap_by_loop(_SpatialLogits, info.batch_size, in_dims, arguments)
 
     @staticmethod
     @once_differentiable
@@ -218,6 +214,11 @@ class _ApplyGates(Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        (output,), _ = _vmap_by_loop(_ApplyGates, info.batch_size, in_dims, arguments)
+        return output, 0
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_channel_gate, grad_logits, spatial_gate = torch.ops.cbam._apply_backward(
@@ -247,7 +248,8 @@ def _vmap_by_loop(
         )
         for i in range(batch_size)
     ]
-    outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    rows = [(result,) if isinstance(result, Tensor) else result for result in results]
+    outputs = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
     return outputs, (0,) * len(outputs)
 
 
@@ -419,5 +421,10 @@ def _explain_missing_library(*arguments: Any, **keywords: Any) -> Any:
 
 
 def _explain_missing_kernel(*arguments: Any) -> Any:
-    device_type = next(value.device.type for value in arguments if isinstance(value, Tensor))
-    raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason(device_type)}")
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"torch.ops.cbam takes dense (strided) tensors, got {tensor.layout}")
+    types = [tensor.device.type for tensor in tensors]
+    missing = next((type for type in types if not has_kernels(type)), types[0])
+    raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason(missing)}")

@@ -8,8 +8,10 @@
 namespace cbam {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
+
+// Kernels keep the channel of a maximum in 32 bits.
+constexpr int64_t kMaxChannels = 2147483647;
 
 std::string shape_of(const Tensor& tensor) {
   std::string text = "shape [";
@@ -74,8 +76,7 @@ DType storage(ScalarType dtype) {
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {
-  return a.device().type() == b.device().type() &&
-         a.get_device_index() == b.get_device_index();
+  return a.device().type() == b.device().type() && a.get_device_index() == b.get_device_index();
 }
 
 std::string device_of(const Tensor& tensor) {
@@ -108,8 +109,8 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
                   shape_of(tensor));
 }
 
-// Whether the dimensions, taken in this order from the fastest, lie densely; strides of dimensions of
-// size 1 do not matter.
+// Whether the dimensions, taken in this order from the fastest, lie densely; strides of dimensions
+// of size 1 do not matter.
 bool is_dense(const Tensor& tensor, std::initializer_list<int64_t> fastest_first) {
   int64_t expected = 1;
   for (int64_t dim : fastest_first) {
@@ -129,10 +130,9 @@ Layout layout_of(const Tensor& tensor) {
   return single_pixel ? Layout::kNHWC : Layout::kNCHW;
 }
 
-ParameterView view_of(const Tensor& tensor) {
+ParameterView view_of(const Tensor& tensor, void* data) {
   ParameterView view;
-  if (tensor.numel() == 0) return view;
-  view.data = tensor.data_ptr();
+  view.data = data;
   view.dtype = storage(tensor.scalar_type());
   const int64_t skipped = 4 - tensor.dim();
   for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -142,8 +142,14 @@ ParameterView view_of(const Tensor& tensor) {
   return view;
 }
 
-ParameterView view_of(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? view_of(*tensor) : ParameterView{};
+template <class View>
+Parameters views_of(const ParameterTensors& tensors, View&& view) {
+  const auto optional_view = [&](const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? view(*tensor) : ParameterView{};
+  };
+  return {view(tensors.fc1_weight),  optional_view(tensors.fc1_bias),
+          view(tensors.fc2_weight),  optional_view(tensors.fc2_bias),
+          view(tensors.conv_weight), optional_view(tensors.conv_bias)};
 }
 
 }  // namespace
@@ -160,6 +166,8 @@ const Tensor& check_input(const Tensor& input) {
                   shape_of(input));
   STD_TORCH_CHECK(input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0,
                   "input must have C, H and W of at least 1, got ", shape_of(input));
+  STD_TORCH_CHECK(input.size(1) <= kMaxChannels, "input must have at most ", kMaxChannels,
+                  " channels, got ", shape_of(input));
   return input;
 }
 
@@ -234,9 +242,14 @@ Tensor small_map(const char* name, const Tensor& map, const Tensor& input, MapKi
 }
 
 Problem describe(const Tensor& input) {
-  return {input.size(0), input.size(1), input.size(2),
-          input.size(3), 1,             1,
-          storage(input.scalar_type()), layout_of(input)};
+  return {input.size(0),
+          input.size(1),
+          input.size(2),
+          input.size(3),
+          1,
+          1,
+          storage(input.scalar_type()),
+          layout_of(input)};
 }
 
 Problem describe(const Tensor& input, const ParameterTensors& parameters) {
@@ -247,9 +260,15 @@ Problem describe(const Tensor& input, const ParameterTensors& parameters) {
 }
 
 Parameters views(const ParameterTensors& parameters) {
-  return {view_of(parameters.fc1_weight), view_of(parameters.fc1_bias),
-          view_of(parameters.fc2_weight), view_of(parameters.fc2_bias),
-          view_of(parameters.conv_weight), view_of(parameters.conv_bias)};
+  return views_of(parameters, [](const Tensor& tensor) {
+    return view_of(tensor, const_cast<void*>(tensor.const_data_ptr()));
+  });
+}
+
+Parameters mutable_views(const ParameterTensors& gradients) {
+  return views_of(gradients, [](const Tensor& tensor) {
+    return tensor.numel() == 0 ? ParameterView{} : view_of(tensor, tensor.mutable_data_ptr());
+  });
 }
 
 }  // namespace cbam

@@ -1,5 +1,5 @@
 // Argument checks of the operators and the way from tensors to the kernels' view of a problem.
-// Every backend uses these; none of them touches data.
+// Every backend uses these. They copy tensors whose strides no kernel takes, and read nothing else.
 #pragma once
 
 #include "torch_abi.h"
@@ -49,7 +49,9 @@ Problem describe(const torch::stable::Tensor& input, const ParameterTensors& par
 // Without parameters, hidden and kernel are 1.
 Problem describe(const torch::stable::Tensor& input);
 
-// Empty tensors and absent biases become views without data.
+// Absent biases become views without data, and so do the empty tensors that stand for gradients
+// which nobody wants. The first does not count as writing to the parameters.
 Parameters views(const ParameterTensors& parameters);
+Parameters mutable_views(const ParameterTensors& gradients);
 
 }  // namespace cbam

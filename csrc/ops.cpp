@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(cbam, m) {
       "_forward_train(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
       "Tensor? fc2_bias, Tensor conv_weight, Tensor? conv_bias) "
       "-> (Tensor output, Tensor channel_gate, Tensor spatial_gate)");
-  // Gradients of the input and the parameters, in the order of forward's arguments; those of a group
-  // that is not asked for, and of absent biases, are empty.
+  // Gradients of the input and the parameters, in the order of forward's arguments; those of a
+  // group that is not asked for, and of absent biases, are empty.
   m.def(
       "_backward(Tensor grad_output, Tensor input, Tensor channel_gate, Tensor spatial_gate, "
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
@@ -64,8 +64,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 }
 
 Tensor empty_channel_gate(const Tensor& input) {
-  return empty(input, {input.size(0), input.size(1), 1, 1},
-               accumulator_dtype(input.scalar_type()));
+  return empty(input, {input.size(0), input.size(1), 1, 1}, accumulator_dtype(input.scalar_type()));
 }
 
 Tensor empty_spatial_map(const Tensor& input) {
@@ -125,10 +124,12 @@ std::tuple<Tensor, Tensor> gates_cpu(const Tensor& input, const Tensor& fc1_weig
   return {channel_gate, spatial_gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_train_cpu(
-    const Tensor& input, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-    const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-    const OptionalTensor& conv_bias) {
+std::tuple<Tensor, Tensor, Tensor> forward_train_cpu(const Tensor& input, const Tensor& fc1_weight,
+                                                     const OptionalTensor& fc1_bias,
+                                                     const Tensor& fc2_weight,
+                                                     const OptionalTensor& fc2_bias,
+                                                     const Tensor& conv_weight,
+                                                     const OptionalTensor& conv_bias) {
   ForwardCall call(input, {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias});
   Tensor output = call.output();
   Tensor channel_gate = call.channel_gate();
@@ -231,11 +232,11 @@ Gradients run_backward(const Tensor& grad_output, const Tensor& input, const Ten
   args.grad_channel_gate = dca.has_value() ? dca->const_data_ptr() : nullptr;
   args.grad_logits = dl.has_value() ? dl->const_data_ptr() : nullptr;
   args.grad_input = input_grad ? grad_input.mutable_data_ptr() : nullptr;
-  args.grads = views(grads);
+  args.grads = mutable_views(grads);
   args.mlp_grads = mlp_grads;
   args.conv_grads = conv_grads;
   cpu::kernels().backward(args);
-  return {grad_input,        grads.fc1_weight,  *grads.fc1_bias, grads.fc2_weight,
+  return {grad_input,      grads.fc1_weight,  *grads.fc1_bias, grads.fc2_weight,
           *grads.fc2_bias, grads.conv_weight, *grads.conv_bias};
 }
 

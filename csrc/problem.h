@@ -1,8 +1,9 @@
 // One CBAM problem as the kernels see it: shapes, dtypes, layout and pointers. Shared by every
 // backend; knows nothing of PyTorch.
 //
-// Notation of the whole project: N samples, C channels, H x W = P pixels, R hidden units of the MLP,
-// a k x k convolution. "Accumulator" is double for double storage and float for everything else.
+// Notation of the whole project: N samples, C channels, H x W = P pixels, R hidden units of the
+// MLP, a k x k convolution. "Accumulator" is double for double storage and float for everything
+// else.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,8 @@ struct Parameters {
   ParameterView conv_bias;    // [1]
 };
 
-// x -> channel gate -> logits of the spatial gate -> y. Outputs that are null are not wanted; the
-// kernels stop after the last one that is.
+// x -> channel gate -> logits of the spatial gate -> y. Outputs that are null are not wanted, and
+// not computed where nothing else needs them.
 struct ForwardArgs {
   Problem problem;
   Parameters parameters;

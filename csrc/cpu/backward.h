@@ -12,30 +12,27 @@
 //
 // Included once per instruction set by isa.inl.
 
-// Sums per tile and channel of one array, added up in the order of the tiles.
 template <class A>
-inline void add_tiles(const Shape& shape, const A* tiles, A* sums) {
+inline void add_all_tiles(const Shape& shape, const A* tiles, A* sums) {
   for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
-    Vec<A> sum = Vec<A>{};
-    for (int64_t t = 0; t < shape.tiles; ++t) sum += load(tiles + t * shape.padded_c + c);
-    store(sums + c, sum);
+    store(sums + c, add_tiles(shape, tiles, c));
   }
 }
 
 // The first sweep over (x, g) of one sample.
 template <class S, class Sweeps, class A>
 inline void gate_grads(const Shape& shape, bool parallel, const S* x, const S* g, const A* ca,
-                       const A* sa, A* tile_sums, A* dl, A* dca) {
+                       const A* sa, const GateGrads<A>& grads) {
   for_each_unit(parallel, shape.tiles, [&](int64_t t) {
     const Tile tile(shape, t);
-    A* per_pixel = dl + tile.begin;
-    Sweeps::gate_sums(shape, tile, x, g, ca, sa, per_pixel, tile_sums + t * shape.padded_c);
+    A* per_pixel = grads.dl + tile.begin;
+    Sweeps::gate_sums(shape, tile, x, g, ca, sa, per_pixel, grads.tile_sums + t * shape.padded_c);
     each_vector<A>(tile.size(), [&](int64_t i, auto part) {
       const Vec<A> gate = load(sa + tile.begin + i, part);
       store(per_pixel + i, gate * (A{1} - gate) * load(per_pixel + i), part);
     });
   });
-  add_tiles(shape, tile_sums, dca);
+  add_all_tiles(shape, grads.tile_sums, grads.dca);
 }
 
 template <class S, class Sweeps>
@@ -44,27 +41,31 @@ void apply_backward(const ApplyBackwardArgs& args) {
   const Shape shape(args.problem);
   if (shape.n == 0) return;
   const int64_t workers = count_workers(shape);
-  const Prepared<GateScratch<A>> scratch(workers, shape);
+  const int64_t scratches = count_scratches(shape, workers);
+  const Prepared<Gates<A>> all_gates(scratches, shape);
+  const Prepared<GateGrads<A>> all_grads(scratches, shape);
 
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
-    const GateScratch<A>& s = scratch[worker];
+    const Gates<A>& gates = all_gates[worker];
+    const GateGrads<A>& grads = all_grads[worker];
     const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
     const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
     const A* logits = static_cast<const A*>(args.logits) + n * shape.pixels;
-    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
+    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, gates.ca);
     for_each_unit(parallel, shape.tiles,
-                  [&](int64_t t) { sigmoid_tile(Tile(shape, t), logits, s.sa); });
-    gate_grads<S, Sweeps>(shape, parallel, x, g, s.ca, s.sa, s.tile_sums, s.dl, s.dca);
-    std::copy_n(s.sa, shape.pixels, static_cast<A*>(args.spatial_gate) + n * shape.pixels);
-    std::copy_n(s.dl, shape.pixels, static_cast<A*>(args.grad_logits) + n * shape.pixels);
-    std::copy_n(s.dca, shape.c, static_cast<A*>(args.grad_channel_gate) + n * shape.c);
+                  [&](int64_t t) { sigmoid_tile(Tile(shape, t), logits, gates.sa); });
+    gate_grads<S, Sweeps>(shape, parallel, x, g, gates.ca, gates.sa, grads);
+    std::copy_n(gates.sa, shape.pixels, static_cast<A*>(args.spatial_gate) + n * shape.pixels);
+    std::copy_n(grads.dl, shape.pixels, static_cast<A*>(args.grad_logits) + n * shape.pixels);
+    std::copy_n(grads.dca, shape.c, static_cast<A*>(args.grad_channel_gate) + n * shape.c);
   });
 }
 
 template <class A>
 struct BackwardScratch {
   BackwardScratch(Arena& arena, const Shape& shape)
-      : gate(arena, shape),
+      : ca(arena.take<A>(shape.padded_c)),
+        gate_grads(arena, shape),
         pools(arena, shape),
         hidden(arena, shape),
         mlp(arena, shape),
@@ -81,7 +82,8 @@ struct BackwardScratch {
         rows{arena.take<A>(shape.h * shape.stride), arena.take<A>(shape.h * shape.stride)},
         dl(arena.take<A>(shape.bordered)),
         stats{arena.take<A>(shape.bordered), arena.take<A>(shape.bordered)} {}
-  GateScratch<A> gate;
+  A* ca;  // [padded C], padding zero
+  GateGrads<A> gate_grads;
   Pools<A> pools;
   Hidden<A> hidden;
   MlpGrads<A> mlp;
@@ -128,14 +130,15 @@ inline void add_maximum_grad(const Shape& shape, int64_t c, int64_t p, const S* 
   store_scalar(dx + at, ca[c] * du + maps.davg[c] + dmaximum);
 }
 
-// Everything after the first sweep, for one sample. dl and dca of the first sweep are in s.gate.
+// Everything after the first sweep, for one sample. dl and dca are what that sweep found.
 template <class S, class Sweeps, class A>
 inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const Weights<A>& weights,
                            bool parallel, int64_t n, const A* dl, const A* dca, const A* sa,
-                           const BackwardScratch<A>& s, const MlpGrads<A>& mlp, double* conv_grads) {
+                           const BackwardScratch<A>& s, const MlpGrads<A>& mlp,
+                           double* conv_grads) {
   const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
   const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
-  const A* ca = s.gate.ca;
+  const A* ca = s.ca;
 
   copy_to_bordered(shape, 0, shape.pixels, dl, s.dl);
   for_each_unit(parallel, shape.row_units, [&](int64_t unit) {
@@ -145,8 +148,8 @@ inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const W
     for (int64_t row = first; row < last; ++row) {
       each_vector<A>(shape.w, [&](int64_t i, auto part) {
         const int64_t from = row * shape.stride + i, to = row * shape.w + i;
-        store(s.ds[0] + to, load(s.rows[0] + from) / static_cast<A>(shape.c), part);
-        store(s.ds[1] + to, load(s.rows[1] + from), part);
+        store(s.ds[0] + to, load(s.rows[0] + from, part) / static_cast<A>(shape.c), part);
+        store(s.ds[1] + to, load(s.rows[1] + from, part), part);
       });
     }
   });
@@ -183,7 +186,7 @@ inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const W
 
   settle_pools<Sweeps>(shape, x, s.pools);
   mlp_hidden(shape, weights, s.pools.average, s.pools.maximum, s.hidden);
-  add_tiles(shape, s.tile_dots, s.dots);
+  add_all_tiles(shape, s.tile_dots, s.dots);
   for (int64_t c = 0; c < shape.c; ++c) {
     mlp.dz[c] = ca[c] * (1 - ca[c]) * (dca[c] + s.dots[c]);
   }
@@ -209,8 +212,8 @@ inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const W
 
 // Sums over the batch what the samples contributed to the MLP's weights.
 template <class A>
-inline void write_mlp_grads(const Shape& shape, bool parallel,
-                            const Prepared<MlpGrads<A>>& samples, const Parameters& grads) {
+inline void write_mlp_grads(const Shape& shape, bool parallel, const Prepared<MlpGrads<A>>& samples,
+                            const Parameters& grads) {
   const Prepared<Weights<A>> memory(1, shape);
   const Weights<A>& sums = memory[0];
   for_each_unit(parallel, shape.hidden, [&](int64_t r) {
@@ -254,7 +257,7 @@ void backward(const BackwardArgs& args) {
   const int64_t workers = count_workers(shape);
   const Prepared<Weights<A>> weights(1, shape);
   weights[0].pack_from(args.parameters, shape);
-  const Prepared<BackwardScratch<A>> scratch(workers, shape);
+  const Prepared<BackwardScratch<A>> scratch(count_scratches(shape, workers), shape);
   // What the samples contribute to gradients of parameters is kept and summed in their order.
   const Prepared<MlpGrads<A>> mlp_grads(args.mlp_grads ? shape.n : 0, shape);
   const int64_t conv_size = 2 * shape.kernel * shape.kernel + 1;
@@ -263,14 +266,13 @@ void backward(const BackwardArgs& args) {
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
     const BackwardScratch<A>& s = scratch[worker];
     const A* sa = static_cast<const A*>(args.spatial_gate) + n * shape.pixels;
-    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.gate.ca);
-    const A* dl = s.gate.dl;
-    const A* dca = s.gate.dca;
+    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
+    const A* dl = s.gate_grads.dl;
+    const A* dca = s.gate_grads.dca;
     if (args.grad_logits == nullptr) {
       const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
       const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
-      gate_grads<S, Sweeps>(shape, parallel, x, g, s.gate.ca, sa, s.gate.tile_sums, s.gate.dl,
-                            s.gate.dca);
+      gate_grads<S, Sweeps>(shape, parallel, x, g, s.ca, sa, s.gate_grads);
     } else {
       dl = static_cast<const A*>(args.grad_logits) + n * shape.pixels;
       dca = static_cast<const A*>(args.grad_channel_gate) + n * shape.c;

@@ -7,8 +7,8 @@
 //
 // Included once per instruction set by isa.inl.
 
-// out[o][q] = sum over the in maps and taps of weights[o][i][tap] * in[i][q + offset of the tap], for
-// the rows [first, last). The weights are [max(in, out), k, k]: one of the two counts is 1.
+// out[o][q] = sum over the in maps and taps of weights[o][i][tap] * in[i][q + offset of the tap],
+// for the rows [first, last). The weights are [max(in, out), k, k]: one of the two counts is 1.
 template <int in_maps, int out_maps, class A>
 inline void convolve_rows(const Shape& shape, int64_t first, int64_t last, const A* const* in,
                           const A* weights, A* const* out) {

@@ -32,16 +32,31 @@ inline int64_t find_nan_pixel(const Shape& shape, const S* x, int64_t c) {
   return -1;
 }
 
-// Adds the tiles up, in order. The sweeps' maxima ignore NaN; here NaN wins.
+// Adds up the tiles of one array for a vector of channels, in order. Blocks of tiles bound the
+// rounding error of big planes.
+template <class A>
+inline Vec<A> add_tiles(const Shape& shape, const A* tiles, int64_t c) {
+  constexpr int64_t kBlock = 64;
+  Vec<A> sum = Vec<A>{};
+  for (int64_t begin = 0; begin < shape.tiles; begin += kBlock) {
+    Vec<A> block = Vec<A>{};
+    for (int64_t t = begin; t < std::min(begin + kBlock, shape.tiles); ++t) {
+      block += load(tiles + t * shape.padded_c + c);
+    }
+    sum += block;
+  }
+  return sum;
+}
+
+// From tiles to the sample. The sweeps' maxima ignore NaN; here NaN wins.
 template <class Sweeps, class S, class A>
 inline void settle_pools(const Shape& shape, const S* x, const Pools<A>& pools) {
   for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
-    Vec<A> sum = Vec<A>{}, maximum = broadcast(-kInfinity<A>);
+    Vec<A> maximum = broadcast(-kInfinity<A>);
     for (int64_t t = 0; t < shape.tiles; ++t) {
-      sum += load(pools.tile_sums + t * shape.padded_c + c);
       maximum = max(load(pools.tile_maxima + t * shape.padded_c + c), maximum);
     }
-    const Vec<A> average = sum / static_cast<A>(shape.pixels);
+    const Vec<A> average = add_tiles(shape, pools.tile_sums, c) / static_cast<A>(shape.pixels);
     store(pools.average + c, average);
     store(pools.maximum + c, maximum);
     if (any<A>(average != average)) {
@@ -96,12 +111,12 @@ struct ForwardScratch {
         sa(arena.take<A>(shape.pixels)) {}
   Pools<A> pools;
   Hidden<A> hidden;
-  A* ca;         // [padded C]
-  A* sums;       // [P]
-  A* maxima;     // [P]
-  A* stats[2];   // bordered maps: mean, maximum
-  A* logits;     // [H, stride]
-  A* sa;         // [P]
+  A* ca;        // [padded C]
+  A* sums;      // [P]
+  A* maxima;    // [P]
+  A* stats[2];  // bordered maps: mean, maximum
+  A* logits;    // [H, stride]
+  A* sa;        // [P]
 };
 
 template <class S, class Sweeps>
@@ -112,7 +127,7 @@ void forward(const ForwardArgs& args) {
   const int64_t workers = count_workers(shape);
   const Prepared<Weights<A>> weights(1, shape);
   weights[0].pack_from(args.parameters, shape);
-  const Prepared<ForwardScratch<A>> scratch(workers, shape);
+  const Prepared<ForwardScratch<A>> scratch(count_scratches(shape, workers), shape);
 
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
     const ForwardScratch<A>& s = scratch[worker];
@@ -140,26 +155,27 @@ void forward(const ForwardArgs& args) {
     });
 
     A* logits = args.logits == nullptr ? nullptr : static_cast<A*>(args.logits) + n * shape.pixels;
-    A* sa = args.spatial_gate == nullptr ? s.sa
-                                         : static_cast<A*>(args.spatial_gate) + n * shape.pixels;
+    const bool gate_wanted = args.spatial_gate != nullptr || args.output != nullptr;
+    A* sa =
+        args.spatial_gate == nullptr ? s.sa : static_cast<A*>(args.spatial_gate) + n * shape.pixels;
     for_each_unit(parallel, shape.row_units, [&](int64_t unit) {
       const int64_t first_row = unit * shape.rows_per_unit;
       const int64_t last_row = std::min(first_row + shape.rows_per_unit, shape.h);
       convolve_rows<2, 1>(shape, first_row, last_row, s.stats, weights[0].conv, &s.logits);
       for (int64_t row = first_row; row < last_row; ++row) {
         each_vector<A>(shape.w, [&](int64_t i, auto part) {
-          const Vec<A> logit = load(s.logits + row * shape.stride + i) + weights[0].conv_bias[0];
+          const Vec<A> logit =
+              load(s.logits + row * shape.stride + i, part) + weights[0].conv_bias[0];
           if (logits != nullptr) store(logits + row * shape.w + i, logit, part);
-          store(sa + row * shape.w + i, sigmoid(logit), part);
+          if (gate_wanted) store(sa + row * shape.w + i, sigmoid(logit), part);
         });
       }
     });
 
     if (args.output == nullptr) return;
     S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
-    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
-      Sweeps::apply(shape, Tile(shape, t), x, s.ca, sa, y);
-    });
+    for_each_unit(parallel, shape.tiles,
+                  [&](int64_t t) { Sweeps::apply(shape, Tile(shape, t), x, s.ca, sa, y); });
   });
 }
 
@@ -170,10 +186,10 @@ void apply(const ApplyArgs& args) {
   const Shape shape(args.problem);
   if (shape.n == 0) return;
   const int64_t workers = count_workers(shape);
-  const Prepared<GateScratch<A>> scratch(workers, shape);
+  const Prepared<Gates<A>> scratch(count_scratches(shape, workers), shape);
 
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
-    const GateScratch<A>& s = scratch[worker];
+    const Gates<A>& s = scratch[worker];
     const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
     S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
     const A* logits = static_cast<const A*>(args.logits) + n * shape.pixels;

@@ -2,8 +2,13 @@
 //
 // A translation unit (isa_*.cpp) defines CBAM_ISA, CBAM_ISA_LEVEL and CBAM_VECTOR_BYTES, switches
 // the compiler to the instruction set and includes this file, so that everything here is compiled
-// once per set in a namespace of its own. The standard headers are included before the switch: their
-// inline functions must stay code that every machine can run, because the linker keeps one copy.
+// once per set in a namespace of its own. The standard headers are included before the switch:
+// their inline functions must stay code that every machine can run, because the linker keeps one
+// copy.
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "cbam_ext needs IEEE arithmetic for NaN and exact ties: build without -ffast-math and -Ofast"
+#endif
 
 namespace cbam::cpu::CBAM_ISA {
 namespace {
@@ -44,10 +49,10 @@ struct ChannelStats {
 };
 template <class A>
 struct InputGradMaps {
-  const A* ds0;         // [P] gradient of the mean over channels, divided by C
-  const A* ds1;         // [P] gradient of the maximum over channels
+  const A* ds0;          // [P] gradient of the mean over channels, divided by C
+  const A* ds1;          // [P] gradient of the maximum over channels
   const Int<A>* argmax;  // [P] its channel
-  const A* davg;        // [padded C] gradient of the average over pixels, divided by P
+  const A* davg;         // [padded C] gradient of the average over pixels, divided by P
 };
 
 #include "nchw.h"
@@ -80,7 +85,8 @@ void with_kernels(const Problem& problem, F&& f) {
 
 }  // namespace
 
-extern const KernelTable kTable = {
+// constexpr: an initialiser that runs at load would fault on machines without the instruction set.
+extern constexpr KernelTable kTable = {
     CBAM_ISA_LEVEL,
     [](const ForwardArgs& args) {
       with_kernels(args.problem, [&](auto storage, auto sweeps) {

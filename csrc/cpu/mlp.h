@@ -41,8 +41,15 @@ struct Weights {
 
 template <class A>
 inline A dot(int64_t n, const A* a, const A* b) {
+  constexpr int64_t kBlock = 4096;  // bounds the rounding error of long sums
   Vec<A> sum = Vec<A>{};
-  for (int64_t i = 0; i < n; i += kLanes<A>) sum += load(a + i) * load(b + i);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    Vec<A> block = Vec<A>{};
+    for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kLanes<A>) {
+      block += load(a + i) * load(b + i);
+    }
+    sum += block;
+  }
   return reduce_lanes<Add>(sum);
 }
 
@@ -60,7 +67,7 @@ struct Hidden {
 
 template <class A>
 inline A relu(A value) {
-  return value > 0 || value != value ? value : 0;
+  return value <= 0 ? 0 : value;  // NaN stays NaN
 }
 
 template <class A>
@@ -148,8 +155,8 @@ inline void mlp_weight_grads(const Shape& shape, const Prepared<MlpGrads<A>>& sa
       Vec<A> fc1_block = Vec<A>{}, fc2_block = Vec<A>{};
       for (int64_t n = begin; n < std::min(begin + kBlock, shape.n); ++n) {
         const MlpGrads<A>& s = samples[n];
-        fc1_block += s.dhidden_average[r] * load(s.average + c) +
-                     s.dhidden_maximum[r] * load(s.maximum + c);
+        fc1_block +=
+            s.dhidden_average[r] * load(s.average + c) + s.dhidden_maximum[r] * load(s.maximum + c);
         fc2_block += s.hidden[r] * load(s.dz + c);
       }
       fc1 += fc1_block;

@@ -1,7 +1,7 @@
 // The sweeps over x (and g) for channels_last tensors, where the channels of a pixel lie together.
 //
-// Same functions as nchw.h. Sums per pixel run along the lanes, so several pixels are walked side by
-// side and their vectors reduced together; sums per channel stay in the lanes.
+// Same functions as nchw.h. Sums per pixel run along the lanes, so several pixels are walked side
+// by side and their vectors reduced together; sums per channel stay in the lanes.
 //
 // Arrays per channel (ca, partial sums, davg) are padded to whole vectors, so only x, g, y and dx
 // know about a last, partial vector of channels.
@@ -25,7 +25,7 @@ struct Nhwc {
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return p * shape.c + c; }
 
   static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
-    constexpr int kColumns = 4;         // vectors of channels held in registers
+    constexpr int kColumns = 4;          // vectors of channels held in registers
     constexpr int64_t kPixelBlock = 64;  // pixels before the next columns, so that x stays cached
     std::fill_n(sums, shape.padded_c, A{0});
     std::fill_n(maxima, shape.padded_c, -kInfinity<A>);

@@ -1,5 +1,6 @@
 // Parameters between PyTorch's memory (any dtype, any strides) and the kernels' (accumulator dtype,
-// dense rows). Parameters are small and every element is touched once a call, so this is plain code.
+// dense rows). Parameters are small and every element is touched once a call, so this is plain
+// code.
 #pragma once
 
 #include "../problem.h"

@@ -41,9 +41,7 @@ struct Shape {
 // The pixels [begin, end) of a sample.
 struct Tile {
   Tile(const Shape& shape, int64_t index)
-      : index(index),
-        begin(index * shape.tile),
-        end(std::min(begin + shape.tile, shape.pixels)) {}
+      : index(index), begin(index * shape.tile), end(std::min(begin + shape.tile, shape.pixels)) {}
   int64_t index, begin, end;
   int64_t size() const { return end - begin; }
 };
@@ -61,7 +59,8 @@ inline void each_row_piece(const Shape& shape, int64_t begin, int64_t end, F&& f
   }
 }
 
-// Copies the pixels [begin, end), which lie densely at `dense`, into the interior of a bordered map.
+// Copies the pixels [begin, end), which lie densely at `dense`, into the interior of a bordered
+// map.
 template <class A>
 inline void copy_to_bordered(const Shape& shape, int64_t begin, int64_t end, const A* dense,
                              A* bordered) {
@@ -82,10 +81,10 @@ class Arena {
 
   template <class T>
   T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(memory_ + used_);
-    // A vector more than asked for: whole vectors may be read at the end of an array.
-    used_ += Shape::round_up(count * static_cast<int64_t>(sizeof(T)) + 4 * kAlignment, kAlignment);
-    return memory_ == nullptr ? nullptr : taken;
+    T* taken = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    // A vector more than asked for: whole vectors are read and written at the end of an array.
+    used_ += Shape::round_up(count * static_cast<int64_t>(sizeof(T)) + kAlignment, kAlignment);
+    return taken;
   }
   int64_t used() const { return used_; }
 
@@ -104,40 +103,48 @@ class Prepared {
     Arena needed;
     T(needed, shape);
     const size_t bytes = static_cast<size_t>(count * needed.used());
-    memory_ = static_cast<char*>(::operator new(bytes, std::align_val_t{64}));
-    std::memset(memory_, 0, bytes);
+    memory_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
+    std::memset(memory_.get(), 0, bytes);
     objects_.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
-      Arena arena(memory_ + i * needed.used());
+      Arena arena(memory_.get() + i * needed.used());
       objects_.emplace_back(arena, shape);
     }
   }
-  ~Prepared() { ::operator delete(memory_, std::align_val_t{64}); }
-  Prepared(const Prepared&) = delete;
-  Prepared& operator=(const Prepared&) = delete;
 
   const T& operator[](int64_t i) const { return objects_[i]; }
 
  private:
-  char* memory_;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<char, Free> memory_;
   std::vector<T> objects_;
 };
 
-// Runs sample(worker, n, parallel) for every n. As long as each thread gets a sample, a thread takes
-// whole samples (parallel is false); the samples left over are spread over the threads piece by
-// piece (parallel is true).
-template <class F>
-inline void each_sample(const Shape& shape, int64_t workers, F&& sample) {
-  const int64_t whole = shape.n / workers * workers;
-  for_each_unit(workers > 1, workers, [&](int64_t worker) {
-    for (int64_t n = worker; n < whole; n += workers) sample(worker, n, false);
-  });
-  for (int64_t n = whole; n < shape.n; ++n) sample(0, n, true);
-}
-
+// Threads that take whole samples. Below some size waking one costs more than it brings.
 inline int64_t count_workers(const Shape& shape) {
-  // Below this size waking another thread costs more than it brings.
   constexpr int64_t kMinElementsPerThread = 16384;
   const int64_t elements = shape.n * shape.c * shape.pixels;
   return std::max<int64_t>(1, std::min(num_threads(), elements / kMinElementsPerThread));
+}
+
+// Scratch memories that each_sample needs: where no worker gets a whole sample, one serves all.
+inline int64_t count_scratches(const Shape& shape, int64_t workers) {
+  return shape.n < workers ? 1 : workers;
+}
+
+// Runs sample(worker, n, parallel) for every n. As long as each thread gets a sample, a thread
+// takes whole samples (parallel is false); the samples left over are spread over the threads piece
+// by piece (parallel is true).
+template <class F>
+inline void each_sample(const Shape& shape, int64_t workers, F&& sample) {
+  const int64_t whole = shape.n / workers * workers;
+  if (whole > 0) {
+    for_each_unit(workers > 1, workers, [&](int64_t worker) {
+      for (int64_t n = worker; n < whole; n += workers) sample(worker, n, false);
+    });
+  }
+  for (int64_t n = whole; n < shape.n; ++n) sample(0, n, true);
 }

@@ -292,7 +292,8 @@ struct Min {
 };
 
 // Reduces each of `count` vectors (a power of two) over its lanes. Neighbouring lanes meet first,
-// whatever the count: the bits of a result do not depend on which vectors were reduced along with it.
+// whatever the count: the bits of a result do not depend on which vectors were reduced along with
+// it.
 template <class Op, int count, class V>
 inline auto reduce_lanes(const V* v) {
   using Element = std::remove_cv_t<std::remove_reference_t<decltype(v[0][0])>>;

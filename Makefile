@@ -1,0 +1,72 @@
+# Everything from a fresh clone: `make help` lists the targets.
+#
+# Variables: PYTHON (which interpreter makes the environment), VENV (where), TORCH (which torch),
+# ARGS (passed on to pytest, the demo or the benchmark). FORCE_CUDA, CUDA_HOME,
+# TORCH_CUDA_ARCH_LIST and MAX_JOBS, from the command line or the environment, reach the build.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.10
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+                     -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test bench lint format test-matrix clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.extra-demo  ## train a segmentation model with CBAM on a photograph (ARGS=--help)
+	$(BIN)/python examples/segment_coins.py $(ARGS)
+
+test: $(VENV)/.extra-test  ## run the tests (ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(VENV)/.extra-dev  ## check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.extra-dev  ## put files into style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+test-matrix: $(VENV)/.extra-test  ## one build, tested under several versions of torch (ARGS="2.10.0 ...")
+	tests/matrix.sh $(BIN)/python $(ARGS)
+
+clean:  ## remove what was built, environments included
+	rm -rf build dist .venv .venv-matrix *.egg-info cbam_ext/*.so
+
+# --- stamps: each step is done again only when what it depends on has changed ---
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" ninja "pybind11>=2.13" "$(TORCH)"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(VENV)/.settings $(SOURCES) setup.py pyproject.toml \
+                cbam_ext/_build.py cbam_ext/_compile.py
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+# The package itself is there already, so this installs what the extra adds to it.
+$(VENV)/.extra-%: $(VENV)/.built pyproject.toml
+	$(PIP) install "cbam_ext[$*]"
+	touch $@
+
+# Holds the settings of the last build; rewritten, and so newer, only when they change.
+$(VENV)/.settings: $(VENV)/.torch FORCE
+	@echo "$(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST)" | cmp -s - $@ || \
+	  echo "$(FORCE_CUDA) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST)" > $@
+
+.PHONY: FORCE
+FORCE:

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# One build, tested under several versions of torch:
+#
+#   tests/matrix.sh PYTHON [torch versions, default: 2.10.0 2.13.0+cpu newest]
+#
+# PYTHON's environment makes the wheel. Each version gets an environment of its own, kept in
+# .venv-matrix for the next call, into which that same wheel is installed.
+set -euo pipefail
+
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+shift
+versions=("$@")
+[ ${#versions[@]} -gt 0 ] || versions=(2.10.0 2.13.0+cpu newest)
+
+cd "$(dirname "$0")/.."
+root=$PWD
+# Tests of the operator and the module: nothing that builds the package, or needs smp.
+core=(autograd determinism errors gradients module module_norm properties random registration values)
+core=("${core[@]/%/.py}")
+core=("${core[@]/#/tests/test_}")
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" .
+# Away from the checkout, so that the installed package is what gets imported.
+mkdir "$work/tests"
+cp tests/*.py "$work/tests"
+cp pyproject.toml "$work"
+
+failed=()
+for version in "${versions[@]}"; do
+  venv=$root/.venv-matrix/torch-$version
+  requirement=torch
+  [ "$version" = newest ] || requirement="torch==$version"
+  options=()
+  [[ $version != *+cpu ]] || options=(--extra-index-url https://download.pytorch.org/whl/cpu)
+  [ -d "$venv" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --upgrade "${options[@]}" \
+    "$requirement" numpy pytest hypothesis expecttest
+  "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "$work"/cbam_ext-*.whl
+  echo "=== $("$venv/bin/python" -c 'import torch; print("torch", torch.__version__)')"
+  (cd "$work" && "$venv/bin/python" -m pytest -q "${core[@]}") || failed+=("$version")
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed under torch: ${failed[*]}"
+  exit 1
+fi
+echo "one build passed under torch: ${versions[*]}"
