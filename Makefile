@@ -25,7 +25,7 @@ demo: $(VENV)/.extra-demo  ## train a segmentation model with CBAM on a photogra
 	$(BIN)/python examples/segment_coins.py $(ARGS)
 
 test: $(VENV)/.extra-test  ## run the tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)

@@ -130,11 +130,13 @@ def extensions(decided: CudaPlan, root: Path, *, python_module: bool) -> list[Ex
 def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
+    # Errors name our files by their place among the sources, not in the folder of the build.
+    cxx_flags = [f"-ffile-prefix-map={_build.source_dir().parent}{os.sep}=", *_build.cxx_flags()]
     options: dict[str, Any] = {
         # Not a Python module: with this torch leaves its own Python bindings out of the link, so
         # one library serves every CPython.
         "py_limited_api": True,
-        "extra_compile_args": {"cxx": _build.cxx_flags()},
+        "extra_compile_args": {"cxx": cxx_flags},
         "extra_link_args": ["-Wl,--as-needed"] if sys.platform == "linux" else [],
     }
     if kind == "cuda":
@@ -145,7 +147,7 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
         options["library_dirs"] = [str(decided.toolkit.library)]
         options["extra_link_args"].append("-Wl,--exclude-libs,libcudart_static.a")
         options["extra_compile_args"] = {
-            "cxx": [*_build.cxx_flags(), _build.CUDA_FLAG, f"-idirafter{decided.toolkit.include}"],
+            "cxx": [*cxx_flags, _build.CUDA_FLAG, f"-idirafter{decided.toolkit.include}"],
             "nvcc": [*_build.NVCC_FLAGS, *_build.gencode_flags(decided.archs)],
         }
     return CppExtension(f"cbam_ext.libcbam_{kind}", _relative(kind, root), **options)
