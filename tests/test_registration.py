@@ -60,6 +60,10 @@ def test_every_operator_is_covered(backend: Backend) -> None:
     assert found - diagnostics == set(NAMES)
 
 
+def test_opcheck_of_the_diagnostics(backend: Backend) -> None:
+    opcheck(backend.ops._cpu_isa.default, ())
+
+
 @pytest.mark.parametrize("problem", FEW, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend: Backend, name: str, problem: Problem, generator: torch.Generator) -> None:
