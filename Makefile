@@ -24,8 +24,9 @@ help:  ## list the targets
 demo: $(VENV)/.extra-demo  ## train a segmentation model with CBAM on a photograph (ARGS=--help)
 	$(BIN)/python examples/segment_coins.py $(ARGS)
 
+# Processes that share cores: their threads sleep while they wait, else they take each other's time.
 test: $(VENV)/.extra-test  ## run the tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+import cbam_ext
+
 from . import report
 from .baselines import MODULES, NEEDS
-from .measure import DTYPES, LAYOUTS, SHAPES, measure_problem
+from .measure import DTYPES, LAYOUTS, copy_bandwidth, default_shapes, measure_problem
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,24 +21,28 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     options = _parse()
     device = torch.device(options.device)
+    if not cbam_ext.ops.has_kernels(device.type):
+        sys.exit(f"python -m bench: {cbam_ext._library.no_kernel_reason(device.type)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     baselines = [name for name in options.against if _installed(name)]
     torch._dynamo.config.cache_size_limit = 1000  # every problem compiles once
     rows = []
+    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
     problems = [
         (shape, dtype, layout)
         for dtype in options.dtypes
         for layout in options.layouts
-        for shape in options.shapes
+        for shape in options.shapes or default_shapes(device)
     ]
     for number, (shape, dtype, layout) in enumerate(problems, 1):
         name = "x".join(map(str, shape))
         print(f"[{number}/{len(problems)}] {name} {dtype} {layout}", file=sys.stderr, flush=True)
         rows += measure_problem(shape, dtype, layout, ["ours", *baselines], device, options.rounds)
-    print(report.table(rows, baselines))
+    results = report.Results(rows, baselines, device, bandwidth)
+    print(results.table())
     if options.output:
-        for path in report.write(rows, baselines, device, Path(options.output)):
+        for path in results.write(Path(options.output)):
             print(f"wrote {path}", file=sys.stderr)
 
 
@@ -49,7 +55,7 @@ def _parse() -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="NxCxHxW")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxCxHxW")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     others = [name for name in MODULES if name != "ours"]
@@ -66,7 +72,8 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def shape(text: str) -> tuple[int, ...]:
+    """The sizes in a text like 8x64x56x56."""
     sizes = tuple(int(size) for size in text.split("x"))
     if len(sizes) != 4 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not of the form NxCxHxW")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.benchmark import Timer
 
 from .baselines import MODULES
+from .timing import Stopwatch, stopwatch
 
 # Stages of ResNets and of smp's decoders.
 SHAPES = (
@@ -24,30 +24,63 @@ SHAPES = (
     (8, 64, 128, 128),
     (1, 128, 64, 64),
 )
+# A GPU's cache holds most of those. These are several times larger than any.
+LARGE_SHAPES = (
+    (64, 64, 112, 112),
+    (64, 256, 56, 56),
+    (16, 16, 512, 512),
+)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DIRECTIONS = ("forward", "forward+backward")
 
+# Passes over the feature map, each a read or a write: those of kernels that find nothing in a cache
+# (forward 3 reads and 1 write; backward reads x twice, g twice, and writes once), and the fewest
+# that there can be.
+STREAMING_PASSES = {"forward": 4, "forward+backward": 4 + 5}
+FEWEST_PASSES = {"forward": 2, "forward+backward": 2 + 3}
+
+
+def default_shapes(device: torch.device) -> list[tuple[int, ...]]:
+    """The shapes that are measured unless others are asked for."""
+    return [*SHAPES, *(LARGE_SHAPES if device.type == "cuda" else ())]
+
 
 @dataclass
 class Row:
-    """One problem: milliseconds by module (medians), and bytes kept for backward."""
+    """One problem: milliseconds by module (medians), and bytes kept for backward.
+
+    On a GPU ``milliseconds`` is the time that the device takes; ``call_milliseconds`` is what a
+    program waits for that does nothing else, with the time to launch where that is longer.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     layout: str
     direction: str
     milliseconds: dict[str, float] = field(default_factory=dict)
+    call_milliseconds: dict[str, float] = field(default_factory=dict)
     saved_over_input: dict[str, float] = field(default_factory=dict)
+    input_bytes: int = 0
 
     def ratio(self, name: str) -> float | None:
         """How many times faster ours is than ``name``."""
         time = self.milliseconds.get(name)
         return None if time is None else time / self.milliseconds["ours"]
 
+    def call_ratio(self, name: str) -> float | None:
+        """The same for whole calls."""
+        time = self.call_milliseconds.get(name)
+        return None if time is None else time / self.call_milliseconds["ours"]
+
     def copies(self) -> float:
         """Our time in copies of the input."""
         return self.milliseconds["ours"] / self.milliseconds["copy"]
+
+    def bandwidth_share(self, bandwidth: float, passes: dict[str, int]) -> float:
+        """The share of ``bandwidth`` (bytes a second) that so many passes in our time are."""
+        moved = passes[self.direction] * self.input_bytes
+        return moved / (1e-3 * self.milliseconds["ours"] * bandwidth)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -64,22 +97,33 @@ def measure_problem(
     """Both directions of one problem.
 
     The modules run in turns, ``rounds`` times; every turn lasts some milliseconds, and the median
-    over the turns counts. On a GPU the inputs rotate through more memory than its L2 cache holds.
+    over the turns counts. On a GPU inputs, upstream gradients and results each rotate through more
+    memory than its L2 cache holds.
     """
-    inputs = _inputs(shape, DTYPES[dtype], LAYOUTS[layout], device)
+    count = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = 2 + 2 * cache // _bytes(shape, DTYPES[dtype])
+    first = torch.randn(shape, device=device).to(DTYPES[dtype])
+    first = first.contiguous(memory_format=LAYOUTS[layout])
+    inputs = [first, *(first.clone() for _ in range(count - 1))]
     built = {name: MODULES[name](shape[1]).to(device, DTYPES[dtype]) for name in modules}
+    watch = stopwatch(device)
     rows = []
     for direction in DIRECTIONS:
-        row = Row(shape, dtype, layout, direction)
-        steps = {
-            name: _step(module, inputs, backward=direction != "forward")
-            for name, module in built.items()
-        }
+        row = Row(shape, dtype, layout, direction, input_bytes=first.nbytes)
+        if direction == "forward":
+            steps = {name: _forward(module, inputs) for name, module in built.items()}
+        else:
+            gradients = [torch.randn_like(x) for x in inputs]
+            steps = {
+                name: _forward_backward(module, inputs, gradients) for name, module in built.items()
+            }
         steps["copy"] = _copy(inputs)
-        row.milliseconds = _interleaved(steps, rounds, device)
+        row.milliseconds, row.call_milliseconds = _interleaved(steps, rounds, watch)
         if direction != "forward":
             row.saved_over_input = {
-                name: _saved_bytes(module, inputs[0]) / inputs[0].nbytes
+                name: _saved_bytes(module, first) / first.nbytes
                 for name, module in built.items()
                 if name != "compile"
             }
@@ -87,59 +131,93 @@ def measure_problem(
     return rows
 
 
-def _inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: torch.device
-) -> list[Tensor]:
-    first = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
-    count = 1
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = 2 + 2 * cache // first.nbytes
-    return [first, *(first.clone() for _ in range(count - 1))]
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of copying a tensor several times the size of L2."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    source = torch.empty(max(2**29, 8 * cache), dtype=torch.uint8, device=device)
+    copies = {"copy": _copy([source])}
+    milliseconds, _ = _interleaved(copies, 9, stopwatch(device))
+    return 2 * source.nbytes / (1e-3 * milliseconds["copy"])
 
 
-def _step(module: torch.nn.Module, inputs: list[Tensor], backward: bool) -> Callable[[], None]:
-    if not backward:
-        plain: Iterator[Tensor] = cycle(inputs)
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
-        @torch.no_grad()
-        def forward() -> None:
-            module(next(plain))
 
-        return forward
+# --- steps: what is timed -------------------------------------------------------------------------
 
-    leaves = cycle([x.clone().requires_grad_() for x in inputs])
-    gradient = torch.randn_like(inputs[0])
 
-    def forward_backward() -> None:
-        x = next(leaves)
-        module(x).backward(gradient)
+class _Kept:
+    """Keeps the last results alive, so that the allocator gives the next one other memory.
+
+    On a CPU there is one input, and nothing is kept.
+    """
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        self._results: list[Tensor | None] = [None] * (len(inputs) - 1)
+        self._next = 0
+
+    def keep(self, result: Tensor | None) -> None:
+        if self._results:
+            self._results[self._next] = result
+            self._next = (self._next + 1) % len(self._results)
+
+
+def _forward(module: torch.nn.Module, inputs: list[Tensor]) -> Callable[[], None]:
+    turn, outputs = cycle(inputs), _Kept(inputs)
+
+    @torch.no_grad()
+    def step() -> None:
+        outputs.keep(module(next(turn)))
+
+    return step
+
+
+def _forward_backward(
+    module: torch.nn.Module, inputs: list[Tensor], gradients: list[Tensor]
+) -> Callable[[], None]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    turn, outputs, found = cycle(zip(leaves, gradients, strict=True)), _Kept(inputs), _Kept(inputs)
+
+    def step() -> None:
+        x, gradient = next(turn)
+        output = module(x)
+        output.backward(gradient)
+        outputs.keep(output.detach())
+        found.keep(x.grad)
         x.grad = None
 
-    return forward_backward
+    return step
 
 
 def _copy(inputs: list[Tensor]) -> Callable[[], None]:
-    sources, target = cycle(inputs), torch.empty_like(inputs[0])
-    return lambda: target.copy_(next(sources))
+    targets = [torch.empty_like(x) for x in inputs]
+    turn = cycle(zip(targets, inputs, strict=True))
+
+    def step() -> None:
+        target, source = next(turn)
+        target.copy_(source)
+
+    return step
 
 
 def _interleaved(
-    steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    timers = {
-        name: Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        for name, step in steps.items()
-    }
-    repeats = {}
-    for name, timer in timers.items():
-        timer.timeit(3)  # compiles, allocates, fills caches
-        repeats[name] = max(1, int(0.02 / max(timer.timeit(1).mean, 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    steps: dict[str, Callable[[], None]], rounds: int, watch: Stopwatch
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of each step: medians over the turns, and, on a GPU, those of whole calls."""
+    repeats = {name: watch.prepare(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    calls: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(repeats[name]).mean)  # synchronises CUDA itself
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+        for name, step in steps.items():
+            times[name].append(watch.time(step, repeats[name]))
+            if watch.times_calls:
+                calls[name].append(watch.time_calls(step, repeats[name]))
+    return _medians(times), _medians(calls)
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: 1e3 * statistics.median(values) for name, values in times.items() if values}
 
 
 def _saved_bytes(module: torch.nn.Module, x: Tensor) -> int:

@@ -6,13 +6,29 @@ import json
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import cbam_ext
 
-from .measure import DIRECTIONS, Row
+from .measure import DIRECTIONS, FEWEST_PASSES, STREAMING_PASSES, Row
+
+LEGEND = (
+    '"x eager" says how many times faster this operator is than eager PyTorch, and so on; "copies" '
+    'is its time over that of copying the input; "saved" is what autograd keeps for backward over '
+    "the size of the input, the input itself included."
+)
+CUDA_LEGEND = (
+    ' Times are the device\'s own; those of "call" include the time to launch where it is longer. '
+    f'"streaming" ({STREAMING_PASSES["forward"]} passes over the feature map forward, '
+    f'{STREAMING_PASSES["forward+backward"]} with backward) and "floor" '
+    f"({FEWEST_PASSES['forward']} and {FEWEST_PASSES['forward+backward']}) are what so many passes "
+    "in our time would be of the bandwidth of a large copy."
+)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -52,72 +68,112 @@ def _commit() -> str:
         return "unknown"
 
 
-def table(rows: list[Row], baselines: list[str]) -> str:
-    """A Markdown table: a line for each problem, then geometric means."""
-    head = ["shape", "dtype", "layout", "direction", "ms", "copies"]
-    head += [f"x {name}" for name in baselines] + ["saved"]
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        saved = row.saved_over_input.get("ours")
-        lines.append(
-            [
-                "x".join(map(str, row.shape)),
-                row.dtype,
-                row.layout,
-                row.direction,
-                f"{row.milliseconds['ours']:.3f}",
-                f"{row.copies():.1f}",
-                *(_number(row.ratio(name)) for name in baselines),
-                "" if saved is None else f"{saved:.3f}",
+@dataclass
+class Results:
+    """The rows of one run, and what they are to be read by."""
+
+    rows: list[Row]
+    baselines: list[str]
+    device: torch.device
+    bandwidth: float | None = None  # bytes a second of a large copy, measured on GPUs
+
+    def table(self) -> str:
+        """A Markdown table: a line for each problem, then geometric means."""
+        columns = self._columns()
+        lines = [["shape", "dtype", "layout", "direction", *(column.name for column in columns)]]
+        lines.append(["---"] * len(lines[0]))
+        for row in self.rows:
+            problem = ["x".join(map(str, row.shape)), row.dtype, row.layout, row.direction]
+            lines.append([*problem, *(column.text(column.value(row)) for column in columns)])
+        for dtype, layout, direction, group in _groups(self.rows):
+            means = [
+                column.text(_geometric_mean([column.value(row) for row in group]))
+                if column.has_mean
+                else ""
+                for column in columns
             ]
+            lines.append(["geometric mean", dtype, layout, direction, *means])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "| "
+            + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            + " |"
+            for line in lines
         )
-    for dtype, layout, direction, group in _groups(rows):
-        copies = statistics.geometric_mean(row.copies() for row in group)
-        means = [_geometric_mean([row.ratio(name) for row in group]) for name in baselines]
-        lines.append(
-            ["geometric mean", dtype, layout, direction, "", f"{copies:.1f}"]
-            + [_number(mean) for mean in means]
-            + [""]
+
+    def _columns(self) -> list[_Column]:
+        columns = [
+            _Column("ms", lambda row: row.milliseconds["ours"], "{:.3f}", has_mean=False),
+            _Column("copies", Row.copies),
+        ]
+        if self.bandwidth is not None:
+            columns += [
+                _Column(name, partial(Row.bandwidth_share, bandwidth=self.bandwidth, passes=passes))
+                for name, passes in (("streaming", STREAMING_PASSES), ("floor", FEWEST_PASSES))
+            ]
+            for column in columns[-2:]:
+                column.format = "{:.0%}"
+        columns += [_Column(f"x {name}", partial(Row.ratio, name=name)) for name in self.baselines]
+        if self.device.type == "cuda":
+            columns.append(
+                _Column(
+                    "call ms", lambda row: row.call_milliseconds["ours"], "{:.3f}", has_mean=False
+                )
+            )
+            columns += [
+                _Column(f"call x {name}", partial(Row.call_ratio, name=name))
+                for name in self.baselines
+            ]
+        columns.append(
+            _Column("saved", lambda row: row.saved_over_input.get("ours"), "{:.3f}", has_mean=False)
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    )
+        return columns
+
+    def write(self, stem: Path) -> list[Path]:
+        """Writes ``stem``.json, .md and, where matplotlib is there, .png; returns the paths."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        about = environment(self.device)
+        if self.bandwidth is not None:
+            about["copy"] = f"{self.bandwidth / 1e9:.0f} GB/s"
+        written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
+        rows = [row.as_dict() for row in self.rows]
+        written[0].write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
+        legend = LEGEND + (CUDA_LEGEND if self.bandwidth is not None else "")
+        written[1].write_text(
+            f"# cbam_ext on {about['device']}\n\n{facts}\n\n{legend}\n\n{self.table()}\n"
+        )
+        picture = self._draw(stem.with_suffix(".png"), f"{about['device']}, torch {about['torch']}")
+        return written + ([picture] if picture else [])
+
+    def _draw(self, path: Path, where: str) -> Path | None:
+        try:
+            from matplotlib import pyplot as plt
+        except ImportError:
+            return None
+        figure, axes = plt.subplots(
+            len(DIRECTIONS), 1, figsize=(12, 8), layout="constrained", squeeze=False
+        )
+        for axis, direction in zip(axes[:, 0], DIRECTIONS, strict=True):
+            rows = [row for row in self.rows if row.direction == direction]
+            _plot(axis, rows, self.baselines, direction)
+        figure.suptitle(f"Times faster than ... ({where})")
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+        return path
 
 
-def write(rows: list[Row], baselines: list[str], device: torch.device, stem: Path) -> list[Path]:
-    """Writes ``stem``.json, .md and, where matplotlib is there, .png; returns what was written."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    about = environment(device)
-    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    written[0].write_text(
-        json.dumps({"environment": about, "rows": [row.as_dict() for row in rows]}, indent=1) + "\n"
-    )
-    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    written[1].write_text(
-        f"# cbam_ext on {about['device']}\n\n{facts}\n\n"
-        '"x eager" says how many times faster this operator is than eager PyTorch, and so on; '
-        '"copies" is its time over that of copying the input; "saved" is what autograd keeps for '
-        "backward over the size of the input, the input itself included.\n\n"
-        f"{table(rows, baselines)}\n"
-    )
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return written
-    figure, axes = plt.subplots(
-        len(DIRECTIONS), 1, figsize=(12, 8), layout="constrained", squeeze=False
-    )
-    for axis, direction in zip(axes[:, 0], DIRECTIONS, strict=True):
-        _plot(axis, [row for row in rows if row.direction == direction], baselines, direction)
-    figure.suptitle(f"Times faster than ... ({about['device']}, torch {about['torch']})")
-    written.append(stem.with_suffix(".png"))
-    figure.savefig(written[-1], dpi=100)
-    plt.close(figure)
-    return written
+@dataclass
+class _Column:
+    """One number of every row."""
+
+    name: str
+    value: Callable[[Row], float | None]
+    format: str = "{:.1f}"
+    has_mean: bool = True
+
+    def text(self, value: float | None) -> str:
+        return "" if value is None else self.format.format(value)
 
 
 def _plot(axis, rows: list[Row], baselines: list[str], title: str) -> None:
@@ -148,7 +204,3 @@ def _groups(rows: list[Row]) -> list[tuple[str, str, str, list[Row]]]:
 def _geometric_mean(ratios: list[float | None]) -> float | None:
     known = [ratio for ratio in ratios if ratio is not None]
     return statistics.geometric_mean(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"

@@ -1,9 +1,13 @@
-"""``python -m cbam_ext``: what is installed, what was found, and why something is absent."""
+"""``python -m cbam_ext``: what is installed, what was found, and why something is absent.
+
+``python -m cbam_ext plan 8x64x56x56`` tells what would run on a GPU for a tensor of that shape.
+"""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import platform
 import sys
@@ -13,6 +17,8 @@ from typing import Any
 import torch
 
 from . import __version__, _build, _library, jit
+from ._checks import DTYPES
+from .plan import Gpu, launch_plan
 
 _ISA_NAMES = {0: "generic", 1: "AVX2", 2: "AVX-512"}
 
@@ -129,10 +135,72 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cbam_ext", description=__doc__)
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(int, text.lower().split("x")))
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"{text} is not NxCxHxW, as in 8x64x56x56")
+    return sizes
+
+
+def _plans(options: argparse.Namespace) -> str:
+    """Forward and backward for the tensor of the command line."""
+    gpu = Gpu.current()
+    wish = {
+        "multiprocessors": options.multiprocessors,
+        "l2_bytes": options.l2_mib and int(options.l2_mib * 2**20),
+        "shared_bytes": options.shared_kib and int(options.shared_kib * 2**10),
+    }
+    wish = {name: value for name, value in wish.items() if value is not None}
+    if wish:
+        gpu = dataclasses.replace(gpu, **wish, name="a GPU of your choice")
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return "\n\n".join(
+        launch_plan(
+            options.shape,
+            getattr(torch, options.dtype),
+            layout,
+            kernel_size=options.kernel_size,
+            backward=backward,
+            aligned=not options.unaligned,
+            gpu=gpu,
+        ).explain()
+        for backward in (False, True)
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cbam_ext",
+        description="Tells what is installed, what was found, and why something is absent.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    commands = parser.add_subparsers(dest="command", metavar="plan")
+    plan = commands.add_parser("plan", help="tell what would run on a GPU for a tensor")
+    plan.add_argument("shape", type=_shape, help="NxCxHxW, as in 8x64x56x56")
+    plan.add_argument(
+        "--dtype",
+        default="float32",
+        choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
+    )
+    plan.add_argument("--channels-last", action="store_true")
+    plan.add_argument("--unaligned", action="store_true", help="not at a multiple of 16 bytes")
+    plan.add_argument("--kernel-size", type=int, default=7)
+    gpu = plan.add_argument_group("the GPU", "by default that of this machine, or else an H100")
+    gpu.add_argument("--multiprocessors", type=int)
+    gpu.add_argument("--l2-mib", type=float, metavar="MIB")
+    gpu.add_argument("--shared-kib", type=float, metavar="KIB", help="that a block may ask for")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command == "plan":
+        try:
+            print(_plans(options))
+        except (RuntimeError, ValueError) as error:
+            parser.exit(2 if isinstance(error, ValueError) else 1, f"{error}\n")
+        return 0
     facts = collect()
     print(json.dumps(facts, indent=2) if options.json else render(facts))
     return 0

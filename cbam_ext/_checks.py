@@ -1,7 +1,8 @@
 """Argument checks of the public functions, in words that say what to change.
 
-The compiled operators check the same things for people who call ``torch.ops.cbam`` (csrc/ops.cpp);
-there every failure is a RuntimeError, here it is a TypeError or a ValueError with the same words.
+The compiled operators check the same things (csrc/checks.cpp) for people who call
+``torch.ops.cbam``; there every failure is a RuntimeError, here it is a TypeError or a ValueError
+with the same words.
 """
 
 from __future__ import annotations

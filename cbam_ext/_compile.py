@@ -148,7 +148,11 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
         options["extra_link_args"].append("-Wl,--exclude-libs,libcudart_static.a")
         options["extra_compile_args"] = {
             "cxx": [*cxx_flags, _build.CUDA_FLAG, f"-idirafter{decided.toolkit.include}"],
-            "nvcc": [*_build.NVCC_FLAGS, *_build.gencode_flags(decided.archs)],
+            "nvcc": [
+                *_build.NVCC_FLAGS,
+                *_build.gencode_flags(decided.archs),
+                f'-DCBAM_CUDA_ARCHS="{" ".join(decided.archs)}"',
+            ],
         }
     return CppExtension(f"cbam_ext.libcbam_{kind}", _relative(kind, root), **options)
 

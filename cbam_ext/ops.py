@@ -1,18 +1,21 @@
 """What the compiled operators mean to PyTorch: gradients, fake kernels, errors where no kernel is.
 
-The library registers schemas and kernels (csrc/ops.cpp); the stable ABI leaves the rest to Python.
-Each differentiable operator has a Python function under its ``Autograd`` key. Where a gradient is
-wanted, it applies a ``torch.autograd.Function`` that calls a private operator, which also returns
-the small maps that backward needs; elsewhere it goes straight to the kernel. So ``cbam::forward``
-stays one node in a graph, and inference computes and keeps nothing for backward.
+The library registers schemas and kernels (csrc/operators.h); the stable ABI leaves the rest to
+Python. Each differentiable operator has a Python function under its ``Autograd`` key. Where a
+gradient is wanted, it applies a ``torch.autograd.Function`` that calls a private operator, which
+also returns the small maps that backward needs; elsewhere it goes straight to the kernel. So
+``cbam::forward`` stays one node in a graph, and inference computes and keeps nothing for backward.
 
 While transforms of ``torch.func`` are active, :func:`cbam` applies the Function directly, because
 those transforms do not look inside an operator.
+
+The tests register their emulation of the CUDA kernels as a second namespace with the same schemas;
+so the Functions take the name of the operators' namespace as their first argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from ._checks import check_arguments
 _PARAMETERS = 6  # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
 
 # Kept alive for as long as the process runs: a Library takes its registrations along when it dies.
-_registrations: torch.library.Library | None = None
+_registrations: dict[str, torch.library.Library] = {}
 _device_types: set[str] = set()
 
 
@@ -36,15 +39,15 @@ def has_kernels(device_type: str) -> bool:
     return device_type in _device_types
 
 
-def cbam(input: Tensor, *parameters: Tensor | None) -> Tensor:
+def cbam(input: Tensor, *parameters: Tensor | None, namespace: str = "cbam") -> Tensor:
     """``torch.ops.cbam.forward``, differentiable under the transforms of ``torch.func`` as well."""
     if torch._C._are_functorch_transforms_active():
-        return _Forward.apply(input, *parameters)[0]
-    return torch.ops.cbam.forward(input, *parameters)
+        return _Forward.apply(namespace, input, *parameters)[0]
+    return _operators(namespace).forward(input, *parameters)
 
 
 def spatial_logits(
-    input: Tensor, *parameters: Tensor | None
+    input: Tensor, *parameters: Tensor | None, namespace: str = "cbam"
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """First phase of the operator around a norm: channel gate, spatial logits, and two carriers.
 
@@ -53,15 +56,24 @@ def spatial_logits(
     gradient of ``input`` is written once, by this phase, instead of in two full-size parts that
     autograd would have to add. Hand them to :func:`apply_gates` and use them for nothing else.
     """
-    channel_gate, logits, *carriers = _SpatialLogits.apply(input, *parameters)
+    channel_gate, logits, *carriers = _SpatialLogits.apply(namespace, input, *parameters)
     return channel_gate, logits, tuple(carriers)
 
 
 def apply_gates(
-    input: Tensor, channel_gate: Tensor, logits: Tensor, carriers: tuple[Tensor, Tensor]
+    input: Tensor,
+    channel_gate: Tensor,
+    logits: Tensor,
+    carriers: tuple[Tensor, Tensor],
+    *,
+    namespace: str = "cbam",
 ) -> Tensor:
     """Second phase: ``sigmoid(logits) * channel_gate * input``."""
-    return _ApplyGates.apply(input, channel_gate, logits, *carriers)
+    return _ApplyGates.apply(namespace, input, channel_gate, logits, *carriers)
+
+
+def _operators(namespace: str) -> Any:
+    return getattr(torch.ops, namespace)
 
 
 # ------------------------------------------------------------------------------------- autograd
@@ -71,38 +83,46 @@ class _Forward(Function):
     """(input, parameters) -> (output, channel gate, spatial gate); the gates are for backward."""
 
     @staticmethod
-    def forward(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.cbam._forward_train(input, *parameters)
+    def forward(
+        namespace: str, input: Tensor, *parameters: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _operators(namespace)._forward_train(input, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, channel_gate, spatial_gate = output
+        ctx.namespace, *arguments = inputs
         ctx.mark_non_differentiable(channel_gate, spatial_gate)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, channel_gate, spatial_gate)
+        ctx.save_for_backward(*arguments, channel_gate, spatial_gate)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * (1 + _PARAMETERS)
+            return (None,) * (2 + _PARAMETERS)
         input, *parameters, channel_gate, spatial_gate = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[1:]
         arguments = (grad_output, input, channel_gate, spatial_gate, *parameters, *_groups(wanted))
         if torch._C._are_functorch_transforms_active():
-            gradients = _Backward.apply(*arguments)
+            gradients = _Backward.apply(ctx.namespace, *arguments)
         else:
-            gradients = torch.ops.cbam._backward(*arguments)
-        return _select(gradients, wanted)
+            gradients = _operators(ctx.namespace)._backward(*arguments)
+        return None, *_select(gradients, wanted)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], input: Tensor, *parameters: Tensor | None
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        namespace: str,
+        input: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if any(dim is not None for dim in in_dims[1:]):
-            return _vmap_by_loop(_Forward, info.batch_size, in_dims, (input, *parameters))
+        if any(dim is not None for dim in in_dims[2:]):
+            arguments = (namespace, input, *parameters)
+            return _vmap_by_loop(_Forward, info.batch_size, in_dims, arguments)
         # Only the input is batched: the samples of all examples are one batch.
-        input = input.movedim(in_dims[0], 0)
-        outputs = _Forward.apply(input.flatten(0, 1), *parameters)
+        input = input.movedim(in_dims[1], 0)
+        outputs = _Forward.apply(namespace, input.flatten(0, 1), *parameters)
         return tuple(out.unflatten(0, input.shape[:2]) for out in outputs), (0, 0, 0)
 
 
@@ -110,20 +130,12 @@ class _Backward(Function):
     """The gradients of :class:`_Forward`; their own gradients are those of the reference."""
 
     @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor,
-        channel_gate: Tensor,
-        spatial_gate: Tensor,
-        *parameters_and_groups: Any,
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.cbam._backward(
-            grad_output, input, channel_gate, spatial_gate, *parameters_and_groups
-        )
+    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return _operators(namespace)._backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_output, input, _, _, *parameters = inputs
+        _, grad_output, input, _, _, *parameters = inputs
         ctx.groups = parameters[_PARAMETERS:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, input, *parameters[:_PARAMETERS])
@@ -132,7 +144,7 @@ class _Backward(Function):
     def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         asked = [i for i, grad in enumerate(grad_gradients) if grad is not None]
         if not asked:
-            return (None,) * (4 + _PARAMETERS + 3)
+            return (None,) * (5 + _PARAMETERS + 3)
         grad_output, *leaves = ctx.saved_tensors
         present = [i for i, leaf in enumerate(leaves) if leaf is not None]
 
@@ -150,7 +162,7 @@ class _Backward(Function):
         second = pull(tuple(grad_gradients[i] for i in asked))
         by_index = dict(zip(present, second[1:], strict=True))
         grads = [by_index.get(i) for i in range(1 + _PARAMETERS)]
-        return (second[0], grads[0], None, None, *grads[1:], None, None, None)
+        return (None, second[0], grads[0], None, None, *grads[1:], None, None, None)
 
     @staticmethod
     def vmap(
@@ -164,14 +176,15 @@ class _SpatialLogits(Function):
     """(input, parameters) -> (channel gate, logits, carriers); see :func:`spatial_logits`."""
 
     @staticmethod
-    def forward(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        channel_gate, logits = torch.ops.cbam._logits(input, *parameters)
+    def forward(namespace: str, input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        channel_gate, logits = _operators(namespace)._logits(input, *parameters)
         carriers = (like.new_empty(()).expand(like.shape) for like in (input, logits))
         return channel_gate, logits, *carriers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, output[0])
+        ctx.namespace, *arguments = inputs
+        ctx.save_for_backward(*arguments, output[0])
 
     @staticmethod
     def vmap(
@@ -189,7 +202,8 @@ class _SpatialLogits(Function):
         spatial_gate: Tensor,
     ) -> tuple[Tensor | None, ...]:
         input, *parameters, channel_gate = ctx.saved_tensors
-        gradients = torch.ops.cbam._logits_backward(
+        wanted = ctx.needs_input_grad[1:]
+        gradients = _operators(ctx.namespace)._logits_backward(
             grad_output,
             input,
             channel_gate,
@@ -197,21 +211,24 @@ class _SpatialLogits(Function):
             grad_channel_gate,
             grad_logits,
             *parameters,
-            *_groups(ctx.needs_input_grad),
+            *_groups(wanted),
         )
-        return _select(gradients, ctx.needs_input_grad)
+        return None, *_select(gradients, wanted)
 
 
 class _ApplyGates(Function):
     """(input, channel gate, logits, carriers) -> output."""
 
     @staticmethod
-    def forward(input: Tensor, channel_gate: Tensor, logits: Tensor, *carriers: Tensor) -> Tensor:
-        return torch.ops.cbam._apply(input, channel_gate, logits)
+    def forward(
+        namespace: str, input: Tensor, channel_gate: Tensor, logits: Tensor, *carriers: Tensor
+    ) -> Tensor:
+        return _operators(namespace)._apply(input, channel_gate, logits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
+        ctx.namespace = inputs[0]
+        ctx.save_for_backward(*inputs[1:4])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -221,10 +238,9 @@ class _ApplyGates(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_channel_gate, grad_logits, spatial_gate = torch.ops.cbam._apply_backward(
-            grad_output, *ctx.saved_tensors
-        )
-        return None, grad_channel_gate, grad_logits, grad_output, spatial_gate
+        operator = _operators(ctx.namespace)._apply_backward
+        grad_channel_gate, grad_logits, spatial_gate = operator(grad_output, *ctx.saved_tensors)
+        return None, None, grad_channel_gate, grad_logits, grad_output, spatial_gate
 
 
 def _groups(wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
@@ -358,29 +374,33 @@ _PUBLIC = ("forward", "gates")
 
 # The functions that stand under the Autograd key where a gradient is wanted. The others are not
 # differentiable: gates by contract, the phases because _SpatialLogits and _ApplyGates wrap them.
-_DIFFERENTIABLE = {
-    "forward": lambda *arguments: _Forward.apply(*arguments)[0],
+_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
+    "forward": lambda namespace, *arguments: _Forward.apply(namespace, *arguments)[0],
     "_forward_train": _Forward.apply,
     "_backward": _Backward.apply,
 }
 
 
-def register() -> None:
-    """Registers the Python half of the operators once the library is loaded; idempotent."""
-    global _registrations
-    for name in _PUBLIC:
-        if vars(torch.ops.cbam).get(name) is _explain_missing_library:
-            delattr(torch.ops.cbam, name)
-    if _registrations is None:
-        registrations = torch.library.Library("cbam", "IMPL")
+def register(namespace: str = "cbam") -> None:
+    """Registers the Python half of the operators once the library is loaded; idempotent.
+
+    A namespace other than ``cbam`` has operators of the same names and schemas.
+    """
+    if namespace == "cbam":
+        for name in _PUBLIC:
+            if vars(torch.ops.cbam).get(name) is _explain_missing_library:
+                delattr(torch.ops.cbam, name)
+    if namespace not in _registrations:
+        registrations = torch.library.Library(namespace, "IMPL")
         for name, fake in _FAKES.items():
-            torch.library.register_fake(f"cbam::{name}", fake, lib=registrations)
-            registrations.impl(name, _autograd_kernel(name), "Autograd")
-            registrations.impl(name, _explain_missing_kernel, "CompositeExplicitAutograd")
-        _registrations = registrations
-    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta")):
-        if torch._C._dispatch_has_kernel_for_dispatch_key("cbam::forward", key):
-            _device_types.add(device_type)
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=registrations)
+            registrations.impl(name, _autograd_kernel(namespace, name), "Autograd")
+            registrations.impl(name, _missing_kernel(namespace), "CompositeExplicitAutograd")
+        _registrations[namespace] = registrations
+    if namespace == "cbam":
+        for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta")):
+            if torch._C._dispatch_has_kernel_for_dispatch_key("cbam::forward", key):
+                _device_types.add(device_type)
 
 
 def explain_absence() -> None:
@@ -393,13 +413,13 @@ def explain_absence() -> None:
         setattr(torch.ops.cbam, name, _explain_missing_library)
 
 
-def _autograd_kernel(name: str) -> Any:
-    operator = getattr(torch.ops.cbam, name).default
+def _autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
+    operator = getattr(_operators(namespace), name).default
     differentiable = _DIFFERENTIABLE.get(name)
 
     def kernel(*arguments: Any) -> Any:
         if differentiable is not None and _wants_derivative(arguments):
-            return differentiable(*arguments)
+            return differentiable(namespace, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
@@ -420,11 +440,18 @@ def _explain_missing_library(*arguments: Any, **keywords: Any) -> Any:
     raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason('cpu')}")
 
 
-def _explain_missing_kernel(*arguments: Any) -> Any:
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    for tensor in tensors:
-        if tensor.layout != torch.strided:
-            raise RuntimeError(f"torch.ops.cbam takes dense (strided) tensors, got {tensor.layout}")
-    types = [tensor.device.type for tensor in tensors]
-    missing = next((type for type in types if not has_kernels(type)), types[0])
-    raise RuntimeError(f"torch.ops.cbam: {_library.no_kernel_reason(missing)}")
+def _missing_kernel(namespace: str) -> Callable[..., Any]:
+    """What stands in for the kernels that a device lacks: an explanation."""
+
+    def explain(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor.layout != torch.strided:
+                raise RuntimeError(
+                    f"torch.ops.{namespace} takes dense (strided) tensors, got {tensor.layout}"
+                )
+        types = [tensor.device.type for tensor in tensors]
+        missing = next((type for type in types if not has_kernels(type)), types[0])
+        raise RuntimeError(f"torch.ops.{namespace}: {_library.no_kernel_reason(missing)}")
+
+    return explain

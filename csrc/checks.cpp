@@ -91,8 +91,7 @@ void check_parameter(const char* name, const Tensor& parameter, const Tensor& in
   STD_TORCH_CHECK(got == dtype || got == accumulator, name, " must be ", name_of(accumulator),
                   dtype == accumulator ? std::string() : " or " + name_of(dtype),
                   " for an input of ", name_of(dtype), ", got ", name_of(got));
-  STD_TORCH_CHECK(same_device(parameter, input), name, " must be on the device of input, ",
-                  device_of(input), ", got ", device_of(parameter));
+  check_device(name, parameter, input);
 }
 
 bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
@@ -171,6 +170,11 @@ const Tensor& check_input(const Tensor& input) {
   return input;
 }
 
+void check_device(const char* name, const Tensor& tensor, const Tensor& input) {
+  STD_TORCH_CHECK(same_device(tensor, input), name, " must be on the device of input, ",
+                  device_of(input), ", got ", device_of(tensor));
+}
+
 const Tensor& check_forward(const Tensor& input, const ParameterTensors& parameters) {
   check_input(input);
   const auto check_optional = [&](const char* name, const std::optional<Tensor>& parameter) {
@@ -218,8 +222,6 @@ Tensor like_input(const char* name, const Tensor& tensor, const Tensor& input) {
   STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must be ",
                   name_of(input.scalar_type()), " as input is, got ",
                   name_of(tensor.scalar_type()));
-  STD_TORCH_CHECK(same_device(tensor, input), name, " must be on the device of input, ",
-                  device_of(input), ", got ", device_of(tensor));
   check_shape(name, tensor, {input.size(0), input.size(1), input.size(2), input.size(3)});
   if (input.is_contiguous()) return torch::stable::contiguous(tensor);
   if (is_channels_last(tensor)) return tensor;
@@ -231,8 +233,6 @@ Tensor small_map(const char* name, const Tensor& map, const Tensor& input, MapKi
   STD_TORCH_CHECK(map.scalar_type() == accumulator, name, " must be ", name_of(accumulator),
                   " for an input of ", name_of(input.scalar_type()), ", got ",
                   name_of(map.scalar_type()));
-  STD_TORCH_CHECK(same_device(map, input), name, " must be on the device of input, ",
-                  device_of(input), ", got ", device_of(map));
   if (kind == MapKind::kChannel) {
     check_shape(name, map, {input.size(0), input.size(1), 1, 1});
   } else {

@@ -29,17 +29,22 @@ const torch::stable::Tensor& check_input(const torch::stable::Tensor& input);
 const torch::stable::Tensor& check_forward(const torch::stable::Tensor& input,
                                            const ParameterTensors& parameters);
 
+// For the tensors that check_forward does not see.
+void check_device(const char* name, const torch::stable::Tensor& tensor,
+                  const torch::stable::Tensor& input);
+
 // The tensor itself where it is contiguous or channels_last, else a contiguous copy.
 torch::stable::Tensor native_layout(const torch::stable::Tensor& input);
 
 // A new tensor of the shape, dtype and strides of an input in a native layout.
 torch::stable::Tensor empty_like_input(const torch::stable::Tensor& input);
 
-// A tensor of input's shape and dtype, brought to input's layout.
+// A tensor of input's shape and dtype, which check_device has seen, brought to input's layout.
 torch::stable::Tensor like_input(const char* name, const torch::stable::Tensor& tensor,
                                  const torch::stable::Tensor& input);
 
-// A gate, or a gradient of one, in the accumulator dtype: contiguous [N, C, 1, 1] or [N, 1, H, W].
+// A gate, or a gradient of one, in the accumulator dtype, which check_device has seen: contiguous
+// [N, C, 1, 1] or [N, 1, H, W].
 enum class MapKind { kChannel, kSpatial };
 torch::stable::Tensor small_map(const char* name, const torch::stable::Tensor& map,
                                 const torch::stable::Tensor& input, MapKind kind);

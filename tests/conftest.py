@@ -1,6 +1,9 @@
 """What all tests share: the seed of the run, the backends, and modes set from outside.
 
 CBAM_TEST_SEED           repeats a run: the seed stands in the header of every report.
+CBAM_TEST_BACKENDS       which backends run, as in "cpu,emulated,cuda": the CPU kernels, the CUDA
+                         kernels emulated on the CPU (tests/emulation, compiled when first needed),
+                         and the CUDA kernels. Unset, all that this machine can run.
 CBAM_TEST_DETERMINISTIC  1 runs everything under torch.use_deterministic_algorithms(True), which
                          also fills fresh memory with NaN: a result that was never written shows.
 """
@@ -35,16 +38,37 @@ class Backend:
     def ops(self) -> Any:
         return getattr(torch.ops, self.namespace)
 
+    @property
+    def emulated(self) -> bool:
+        """Whether every call takes a hundred times longer than elsewhere."""
+        return self.name == "emulated"
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", torch.device("cpu")),
+    "emulated": Backend("emulated", torch.device("cpu"), "cbam_emulated"),
+    "cuda": Backend("cuda", torch.device("cuda")),
+}
+
 
 def backends() -> list[Backend]:
-    """Every backend this machine can run; its name stands in the ids of the tests."""
-    found = [Backend("cpu", torch.device("cpu"))]
-    if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
-        found.append(Backend("cuda", torch.device("cuda")))
-    return found
+    """The backends of this run; the name of each stands in the ids of its tests."""
+    wish = os.environ.get("CBAM_TEST_BACKENDS", "")
+    names = {name for name in wish.replace(" ", "").split(",") if name}
+    if names - BACKENDS.keys():
+        raise pytest.UsageError(f"CBAM_TEST_BACKENDS={wish}: there are {', '.join(BACKENDS)}")
+    if not names:
+        names = {"cpu", "emulated"}
+        if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
+            names.add("cuda")
+    return [backend for name, backend in BACKENDS.items() if name in names]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on(*names): the backends that the test says something of")
+    config.addinivalue_line(
+        "markers", "emulate(one_in): runs one in so many of the test's parameters when emulated"
+    )
     torch.use_deterministic_algorithms(os.environ.get("CBAM_TEST_DETERMINISTIC") == "1")
 
 
@@ -58,12 +82,51 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what the marks ``on`` and ``emulate`` say."""
+    # Who asks for a test with its parameters, as in file::test[emulated-0], gets it.
+    everything = any("[" in argument for argument in config.args)
+    left_out = [item for item in items if _is_left_out(item, everything)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
+
+
+def _is_left_out(item: pytest.Item, everything: bool) -> bool:
+    call = getattr(item, "callspec", None)
+    backend = call.params.get("backend") if call else None
+    if not isinstance(backend, Backend):
+        return False
+    on, emulate = item.get_closest_marker("on"), item.get_closest_marker("emulate")
+    if on is not None and backend.name not in on.args:
+        return True
+    if emulate is None or everything or not backend.emulated:
+        return False
+    # Which ones follows the seed, so that many runs see all. Marks say odd numbers, since dtypes
+    # and layouts come in fours and twos.
+    place = sum(index for name, index in call.indices.items() if name != "backend")
+    return (place + SEED) % emulate.kwargs["one_in"] != 0
+
+
+@pytest.fixture(scope="session")
+def emulation() -> None:
+    """Compiles and loads the emulated operators; once, and so is its failure."""
+    from emulation import build
+
+    build.load()
+    cbam_ext.ops.register("cbam_emulated")
+
+
 @pytest.fixture(params=backends(), ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     backend: Backend = request.param
-    if not hasattr(backend.ops, "forward"):
-        # Not skipped: a suite without the thing it tests must not look green.
-        pytest.fail("the compiled part of cbam_ext is missing; see `python -m cbam_ext`")
+    # What is missing fails and is not skipped: a suite without the thing it tests must not look
+    # green.
+    if backend.emulated:
+        request.getfixturevalue("emulation")
+    elif not cbam_ext.ops.has_kernels(backend.device.type):
+        pytest.fail(cbam_ext._library.no_kernel_reason(backend.device.type))
     return backend
 
 

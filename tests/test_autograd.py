@@ -35,10 +35,12 @@ TINY = [
 ]
 
 
-def _smooth(problem: Problem, generator: torch.Generator) -> list[Tensor | None]:
+def _smooth(
+    problem: Problem, generator: torch.Generator, device: torch.device
+) -> list[Tensor | None]:
     """Arguments away from the kinks, where numerical differentiation is meaningless."""
     for _ in range(200):
-        arguments = draw(problem, generator)
+        arguments = draw(problem, generator, device)
         x = arguments.input.flatten(2)
         u = (reference.channel_gate(*arguments[:5]) * arguments.input).flatten(2)
         fc1_weight, fc1_bias = arguments[1:3]
@@ -64,13 +66,13 @@ def _gap(t: Tensor, dim: int) -> float:
 
 @pytest.mark.parametrize("problem", TINY, ids=str)
 def test_gradcheck(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
-    arguments = _smooth(problem, generator)
+    arguments = _smooth(problem, generator, backend.device)
     assert torch.autograd.gradcheck(backend.ops.forward, arguments, fast_mode=False)
 
 
 @pytest.mark.parametrize("problem", TINY, ids=str)
 def test_gradgradcheck(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
-    arguments = _smooth(problem, generator)
+    arguments = _smooth(problem, generator, backend.device)
     assert torch.autograd.gradgradcheck(backend.ops.forward, arguments, fast_mode=True)
 
 
@@ -190,8 +192,10 @@ def test_output_may_be_modified_in_place(backend: Backend, generator: torch.Gene
 # --------------------------------------------------------------------------------- torch.func
 
 
-def _setup(generator: torch.Generator, biases: str = "12c") -> tuple[Arguments, Tensor]:
-    arguments = draw(Problem((2, 4, 3, 5), 3, 2, torch.float64, biases=biases), generator)
+def _setup(
+    generator: torch.Generator, biases: str = "12c", device: torch.device | str = "cpu"
+) -> tuple[Arguments, Tensor]:
+    arguments = draw(Problem((2, 4, 3, 5), 3, 2, torch.float64, biases=biases), generator, device)
     return arguments, draw_like(arguments.input, generator)
 
 
@@ -273,7 +277,7 @@ def test_forward_mode_is_refused(generator: torch.Generator) -> None:
 def test_forward_mode_of_the_raw_operator_is_refused(
     backend: Backend, generator: torch.Generator
 ) -> None:
-    arguments, upstream = _setup(generator)
+    arguments, upstream = _setup(generator, device=backend.device)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(arguments.input, upstream)
         with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward.mode"):

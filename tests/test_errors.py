@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cbam_ext
 
 
-def good() -> dict[str, Any]:
+def good(device: torch.device | str = "cpu") -> dict[str, Any]:
     """A valid call: 2 samples, 6 channels, 3 hidden units, a kernel of 5."""
-    return {
+    call = {
         "input": torch.randn(2, 6, 4, 5),
         "fc1_weight": torch.randn(3, 6),
         "fc1_bias": torch.randn(3),
@@ -26,6 +26,7 @@ def good() -> dict[str, Any]:
         "conv_weight": torch.randn(1, 2, 5, 5),
         "conv_bias": torch.randn(1),
     }
+    return {name: value.to(device) for name, value in call.items()}
 
 
 class Bad(NamedTuple):
@@ -102,28 +103,25 @@ def test_function(bad: Bad) -> None:
 @pytest.mark.parametrize("name", ["forward", "gates", "_forward_train", "_logits"])
 @pytest.mark.parametrize("bad", BAD, ids=IDS)
 def test_operator(backend: Backend, name: str, bad: Bad) -> None:
-    call = good() | {bad.argument: bad.value}
-    call = {key: value.to(backend.device) for key, value in call.items()}
+    call = good(backend.device) | {bad.argument: bad.value.to(backend.device)}
     with pytest.raises(RuntimeError, match=_match(bad)):
         getattr(backend.ops, name)(*call.values())
 
 
 @pytest.mark.parametrize("bad", BAD, ids=IDS)
 def test_operator_where_a_gradient_is_wanted(backend: Backend, bad: Bad) -> None:
-    call = good() | {bad.argument: bad.value}
+    call = good(backend.device) | {bad.argument: bad.value.to(backend.device, copy=True)}
     for value in call.values():
         if value.is_floating_point():
             value.requires_grad_()
     with pytest.raises(RuntimeError, match=_match(bad)):
         backend.ops.forward(*call.values())
-    for value in call.values():
-        value.requires_grad_(False)
 
 
 @pytest.mark.parametrize("bad", BAD, ids=IDS)
 def test_fake_and_meta(backend: Backend, bad: Bad) -> None:
     """The same words while tracing, where nothing is computed."""
-    call = good() | {bad.argument: bad.value}
+    call = good(backend.device) | {bad.argument: bad.value.to(backend.device)}
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(value) for value in call.values()]
         with pytest.raises((RuntimeError, bad.error), match=_match(bad)):
@@ -145,7 +143,7 @@ def test_mixed_devices(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_mixed_devices_of_the_operator(backend: Backend, name: str) -> None:
-    call = good()
+    call = good(backend.device)
     call[name] = call[name].to("meta")
     # One meta tensor takes the whole call to the fake kernel, whose errors are the function's.
     with pytest.raises((RuntimeError, ValueError), match=r"device.*meta"):
@@ -184,11 +182,11 @@ def test_half_input_takes_two_parameter_dtypes() -> None:
 
 
 def test_an_error_leaves_nothing_behind(backend: Backend) -> None:
-    call = good()
+    call = good(backend.device)
     expected = backend.ops.forward(*call.values())
     for bad in BAD:
         with pytest.raises(RuntimeError):
-            backend.ops.forward(*(call | {bad.argument: bad.value}).values())
+            backend.ops.forward(*(call | {bad.argument: bad.value.to(backend.device)}).values())
     assert torch.equal(backend.ops.forward(*call.values()), expected)
 
 

@@ -42,6 +42,7 @@ def gradients(
     return [next(found) if t is not None and t.requires_grad else None for t in leaves]
 
 
+@pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_gradients(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
     arguments = draw(problem, generator, backend.device)
@@ -89,6 +90,7 @@ def test_half_gradients_are_closer_to_the_truth_than_one_rounding_more(
 # --------------------------------------------------------------------------------------- ties
 
 
+@pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", ["relu", "quantised", "constant", "equal", "zeros"])

@@ -26,7 +26,7 @@ def best() -> int:
 def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
-        env=os.environ | {"CBAM_CPU_ISA": isa},
+        env=os.environ | {"CBAM_CPU_ISA": isa, "CBAM_TEST_BACKENDS": "cpu"},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,

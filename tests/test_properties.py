@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,13 +23,19 @@ from samples import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Without a database: a failure is repeated by the run's seed, like all others.
-RULES = settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+T = TypeVar("T", bound=Callable[..., None])
+
+
+def rules(backend: Backend) -> Callable[[T], T]:
+    """How Hypothesis goes about it."""
+    # Without a database: a failure is repeated by the run's seed, like all others.
+    chosen = settings(
+        max_examples=12 if backend.emulated else 60,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    return lambda check: seed(SEED)(chosen(check))
 
 
 @st.composite
@@ -71,10 +78,16 @@ def lay_out(x: Tensor, view: tuple[tuple[int, ...], list[int], list[int], int]) 
     return memory.as_strided(x.shape, strides, offset).copy_(x)
 
 
-@seed(SEED)
-@RULES
-@given(problem=problems(), view=views(), grad_view=views(), number=st.integers(0, 2**31))
-def test_values_and_gradients_for_any_strides(
+def test_values_and_gradients_for_any_strides(backend: Backend) -> None:
+    @rules(backend)
+    @given(problem=problems(), view=views(), grad_view=views(), number=st.integers(0, 2**31))
+    def check(problem: Problem, view: Any, grad_view: Any, number: int) -> None:
+        check_values_and_gradients(backend, problem, view, grad_view, number)
+
+    check()
+
+
+def check_values_and_gradients(
     backend: Backend, problem: Problem, view: Any, grad_view: Any, number: int
 ) -> None:
     generator = torch.Generator().manual_seed(number)
@@ -105,20 +118,20 @@ def assert_layout(result: Tensor, x: Tensor) -> None:
         assert result.is_contiguous()
 
 
-@seed(SEED)
-@RULES
-@given(problem=problems(smallest_batch=0), view=views(), number=st.integers(0, 2**31))
-def test_fake_strides_are_the_real_ones(
-    backend: Backend, problem: Problem, view: Any, number: int
-) -> None:
-    arguments = draw(problem, torch.Generator().manual_seed(number), backend.device)
-    arguments = arguments._replace(input=lay_out(arguments.input, view))
-    with FakeTensorMode() as mode:
-        fakes = [None if t is None else mode.from_tensor(t) for t in arguments]
-        fake = [backend.ops.forward(*fakes), *backend.ops.gates(*fakes)]
-    real = [backend.ops.forward(*arguments), *backend.ops.gates(*arguments)]
-    for a, b in zip(fake, real, strict=True):
-        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+def test_fake_strides_are_the_real_ones(backend: Backend) -> None:
+    @rules(backend)
+    @given(problem=problems(smallest_batch=0), view=views(), number=st.integers(0, 2**31))
+    def check(problem: Problem, view: Any, number: int) -> None:
+        arguments = draw(problem, torch.Generator().manual_seed(number), backend.device)
+        arguments = arguments._replace(input=lay_out(arguments.input, view))
+        with FakeTensorMode() as mode:
+            fakes = [None if t is None else mode.from_tensor(t) for t in arguments]
+            fake = [backend.ops.forward(*fakes), *backend.ops.gates(*fakes)]
+        real = [backend.ops.forward(*arguments), *backend.ops.gates(*arguments)]
+        for a, b in zip(fake, real, strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+    check()
 
 
 # --------------------------------------------------------------------------------- symmetries

@@ -1,4 +1,4 @@
-"""200 random problems per backend: values and all gradients against the float64 reference."""
+"""Random problems, 200 per backend: values and all gradients against the float64 reference."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from samples import (
 
 COUNT = 200
 LARGEST_MAP = 2500  # pixels; the sample list has larger ones
+LARGEST_EMULATED_MAP = 400
 
 
-def random_problem(index: int) -> Problem:
+def random_problem(index: int, largest_map: int) -> Problem:
     choose = random.Random(SEED * 1000 + index)
 
     def up_to(largest: int) -> int:
@@ -30,7 +31,7 @@ def random_problem(index: int) -> Problem:
 
     channels = up_to(130)
     height = up_to(90)
-    width = min(up_to(90), max(1, LARGEST_MAP // height))
+    width = min(up_to(90), max(1, largest_map // height))
     # Exact ties in half of the problems.
     values = choose.choice(("normal",) * 5 + ("relu", "quantised", "constant", "equal", "zeros"))
     return Problem(
@@ -45,9 +46,10 @@ def random_problem(index: int) -> Problem:
     )
 
 
+@pytest.mark.emulate(one_in=5)
 @pytest.mark.parametrize("index", range(COUNT))
 def test_random_problem(backend: Backend, index: int, generator: torch.Generator) -> None:
-    problem = random_problem(index)
+    problem = random_problem(index, LARGEST_EMULATED_MAP if backend.emulated else LARGEST_MAP)
     print(problem)  # pytest shows it when the test fails
     arguments = draw(problem, generator, backend.device)
     grad_output = draw_like(arguments.input, generator)

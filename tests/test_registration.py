@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from samples import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cbam_ext
 
@@ -54,14 +55,26 @@ def calls(
 
 
 def test_every_operator_is_covered(backend: Backend) -> None:
-    schemas = torch._C._jit_get_all_schemas()
-    found = {s.name.split("::")[1] for s in schemas if s.name.startswith(f"{backend.namespace}::")}
-    diagnostics = {"_cpu_isa", "_cuda_arch"}  # take part in no computation
-    assert found - diagnostics == set(NAMES)
+    found = {name for name, schema in _schemas(backend.namespace).items() if "Tensor" in schema}
+    assert found - {"_cuda_arch"} == set(NAMES)  # a diagnosis, whose tensor says which device
 
 
-def test_opcheck_of_the_diagnostics(backend: Backend) -> None:
-    opcheck(backend.ops._cpu_isa.default, ())
+def test_every_backend_has_the_same_operators(backend: Backend) -> None:
+    schemas, those_of_cbam = _schemas(backend.namespace), _schemas("cbam")
+    for name in NAMES:
+        assert schemas[name] == those_of_cbam[name]
+
+
+def _schemas(namespace: str) -> dict[str, str]:
+    """Arguments and results of all operators, by name."""
+    prefix = f"{namespace}::"
+    schemas = (str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix))
+    pairs = (schema.removeprefix(prefix).partition("(") for schema in schemas)
+    return {name: rest for name, _, rest in pairs}
+
+
+def test_opcheck_of_the_diagnostics() -> None:
+    opcheck(torch.ops.cbam._cpu_isa.default, ())
 
 
 @pytest.mark.parametrize("problem", FEW, ids=str)
@@ -128,6 +141,37 @@ def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _looks(t: Tensor) -> tuple[object, ...]:
     return t.shape, t.stride(), t.dtype, t.device
+
+
+class _Namespaces(TorchDispatchMode):
+    """Notes whose operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.seen.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_come_from_the_same_backend(backend: Backend, generator: torch.Generator) -> None:
+    """Otherwise one backend would be tested with the kernels of another."""
+    arguments = [t.requires_grad_() for t in draw(FEW[1], generator, backend.device)]
+    x, namespace = arguments[0], backend.namespace
+    with _Namespaces() as namespaces:
+        backend.ops.forward(*arguments).sum().backward()
+        backend.ops._forward_train(*arguments)[0].sum().backward()
+        cbam_ext.ops.cbam(*arguments, namespace=namespace).sum().backward()
+        torch.func.grad(lambda x: cbam_ext.ops.cbam(x, *arguments[1:], namespace=namespace).sum())(
+            x
+        )
+        gate, logits, carriers = cbam_ext.ops.spatial_logits(*arguments, namespace=namespace)
+        output = cbam_ext.ops.apply_gates(x, gate, logits, carriers, namespace=namespace)
+        output.sum().backward()
+    assert namespaces.seen == {"aten", namespace}
 
 
 # ------------------------------------------------------------------------------ torch.compile

@@ -27,6 +27,7 @@ from cbam_ext import reference
 HALF = (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_output_and_gates(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
     arguments = draw(problem, generator, backend.device)
@@ -49,6 +50,7 @@ def test_output_and_gates(backend: Backend, problem: Problem, generator: torch.G
         assert argument is None or torch.equal(argument, copy), "an argument was modified"
 
 
+@pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS[::5], ids=str)
 def test_training_and_inference_give_the_same_bits(
     backend: Backend, problem: Problem, generator: torch.Generator
@@ -357,6 +359,7 @@ def test_gates_saturate_without_nan(
             )
 
 
+@pytest.mark.emulate(one_in=5)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 19), (33, 65)], ids=str)

@@ -1,50 +1,67 @@
-// Diagnostics: which of this library's machine codes runs on a device.
-//
-// cbam::_cuda_arch(Tensor probe) -> int launches one thread on the device of `probe` and returns
-// the architecture that the code which ran was compiled for (900 for sm_90). An error instead
-// means that the library holds no code for that device.
+// The device: what the launch plan asks of it, and whether this library has code for it.
 
-#include "../torch_abi.h"
+#include <array>
+#include <mutex>
+#include <optional>
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
+#include "launch.cuh"
 
-#include <cstdint>
-
+namespace cbam::cuda {
 namespace {
 
-using torch::stable::Tensor;
-
+// Writes the architecture that the code which runs was compiled for (900 for sm_90).
 __global__ void arch_kernel(int32_t* out) {
 #ifdef __CUDA_ARCH__
   *out = __CUDA_ARCH__;
 #endif
 }
 
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+  return value;
 }
 
-int64_t cuda_arch(const Tensor& probe) {
-  STD_TORCH_CHECK(probe.scalar_type() == torch::headeronly::ScalarType::Int && probe.numel() == 1,
-                  "_cuda_arch: probe must be an int32 tensor of one element");
-  const torch::stable::accelerator::DeviceGuard guard(probe.get_device_index());
-  const cudaStream_t stream = current_stream(probe.get_device_index());
-  auto* out = static_cast<int32_t*>(probe.mutable_data_ptr());
-  arch_kernel<<<1, 1, 0, stream>>>(out);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  int32_t arch = 0;
-  STD_CUDA_CHECK(cudaMemcpyAsync(&arch, out, sizeof(arch), cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
-  return arch;
+Device query(int index) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+  cudaFuncAttributes code = {};
+  const cudaError_t found =
+      cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(arch_kernel));
+  if (found != cudaSuccess) {
+    cudaGetLastError();  // or the next call, whoever makes it, would report it
+    const std::string number = std::to_string(major) + "." + std::to_string(minor);
+    throw std::runtime_error(
+        "cbam: this GPU has compute capability " + number +
+        ", but cbam_ext's CUDA kernels were built for " CBAM_CUDA_ARCHS " (" +
+        cudaGetErrorString(found) +
+        "). Build them for it, in a checkout of cbam_ext: FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=\"" +
+        number + "\" pip install --no-build-isolation --force-reinstall --no-deps .");
+  }
+  Device device;
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  // Code that was compiled for less does not wait for the launch before it, see platform.cuh.
+  device.dependent_launch = major >= 9 && code.ptxVersion >= 90;
+  return device;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cbam, m) { m.def("_cuda_arch(Tensor(a!) probe) -> int"); }
+Device device_properties(int index) {
+  constexpr size_t kMaxDevices = 64;
+  static std::mutex mutex;
+  static std::array<std::optional<Device>, kMaxDevices> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::optional<Device>& device = known.at(static_cast<size_t>(index));
+  if (!device) device = query(index);
+  return *device;
+}
 
-STABLE_TORCH_LIBRARY_IMPL(cbam, CUDA, m) { m.impl("_cuda_arch", TORCH_BOX(&cuda_arch)); }
+void launch_arch_kernel(int32_t* out, cudaStream_t stream) {
+  arch_kernel<<<1, 1, 0, stream>>>(out);
+  check(cudaGetLastError(), "launch of a kernel");
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,54 @@
+// From what is known at run time to what kernels are compiled for.
+#pragma once
+
+#include <initializer_list>
+
+#include "storage.cuh"
+
+namespace cbam::cuda {
+
+template <Layout layout>
+using LayoutTag = std::integral_constant<Layout, layout>;
+template <int W>
+using WidthTag = std::integral_constant<int, W>;
+
+// Calls f with a value of the storage type.
+template <class F>
+auto with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
+// Calls f(layout, elements of an access), both as tags.
+template <class S, class F>
+void with_access(Layout layout, int vector, F&& f) {
+  const auto with_width = [&](auto tag) {
+    if (vector == 1) {
+      f(tag, WidthTag<1>{});
+    } else {
+      f(tag, WidthTag<kWide<S>>{});
+    }
+  };
+  if (layout == Layout::kNCHW) {
+    with_width(LayoutTag<Layout::kNCHW>{});
+  } else {
+    with_width(LayoutTag<Layout::kNHWC>{});
+  }
+}
+
+inline bool are_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,61 @@
+// The one place that launches kernels.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "platform.cuh"
+
+namespace cbam::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("cbam: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Launches of one operator call, in order, on one stream.
+class Launcher {
+ public:
+  explicit Launcher(const Queue& queue) : queue_(queue) {}
+
+  // Zeroes memory before the next launch.
+  void clear(void* memory, int64_t bytes) {
+    check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), queue_.stream), "cudaMemsetAsync");
+    after_kernel_ = false;
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
+              Arguments&&... arguments) {
+    constexpr int64_t kUsualShared = 48 * 1024;  // more must be asked for
+    if (shared_bytes > kUsualShared) {
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            "shared memory of a kernel");
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = queue_.stream;
+    // Only behind a kernel of ours: all of these wait for what came before them.
+    cudaLaunchAttribute dependent = {};
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+    if (queue_.device.dependent_launch && after_kernel_) {
+      config.attrs = &dependent;
+      config.numAttrs = 1;
+    }
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
+          "launch of a kernel");
+    after_kernel_ = true;
+  }
+
+ private:
+  const Queue& queue_;
+  bool after_kernel_ = false;
+};
+
+}  // namespace cbam::cuda

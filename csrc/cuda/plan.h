@@ -1,0 +1,65 @@
+// The launch plan: how a problem is cut into launches, blocks and threads. Host code without CUDA.
+//
+// A plan decides about speed only. How it cuts a sample depends on the problem and never on the
+// device, so that results are the same bits on every GPU of one architecture; the device decides
+// how many samples make a chunk.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+#include "device.h"
+
+namespace cbam::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of every block
+constexpr int kMinLanes = 4;   // that share a row of a sweep: it has up to 4 in flight
+constexpr int kRun = 4;        // pixels of a column that a thread convolves together
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
+// contiguous tensors, pixels by channels in channels_last.
+struct Sweep {
+  int lanes;                        // threads that share a row of a tile: a power of two, 4 to 32
+  int64_t row_span, column_span;    // rows and columns of a block
+  int64_t row_spans, column_spans;  // of a sample
+  int64_t blocks;                   // of a sample: their product
+  int64_t pixel_spans, channel_spans;  // row_spans and column_spans as the layout has them
+};
+
+// How the convolutions cut a sample: tiles of pixels with a halo.
+struct Tiling {
+  int rows, columns;  // of a tile
+  int64_t row_tiles, column_tiles;
+  int64_t tiles;        // of a sample: their product
+  uint64_t reciprocal;  // row of pixel q of a tile: (q * reciprocal) >> 32
+  bool staged;          // whether maps with halo and weights fit into shared memory
+};
+
+// The launch that writes y works on tiles; where those are few, their channels are spread too.
+struct Gate {
+  int vector;             // as Plan::vector, unless tiles cannot be cut at multiples of it
+  int lanes;              // threads that share a row: a power of two
+  int64_t channel_span;   // channels of a block
+  int64_t channel_spans;  // of a sample
+};
+
+struct Plan {
+  int vector;     // elements of an access to feature maps: 16 bytes, or 1
+  int64_t chunk;  // samples whose launches run together, so that they meet in the L2 cache
+  Sweep sweep;    // of all sums, and of the input's gradient
+  Tiling tiling;
+  Gate gate;
+};
+
+enum class Pass { kForward, kBackward };
+
+// `aligned`: whether all pointers to feature maps and gates are multiples of 16 bytes.
+Plan make_plan(const Problem& problem, Pass pass, bool aligned, const Device& device);
+
+// Bytes of shared memory for a convolution that stages `maps` maps and keeps `values` more values.
+int64_t staged_bytes(const Tiling& tiling, const Problem& problem, int maps, int64_t values);
+
+}  // namespace cbam::cuda

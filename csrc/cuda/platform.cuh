@@ -1,0 +1,69 @@
+// What the kernels use of CUDA beyond plain C++: the shape of a block, its shared memory, the
+// order of launches, and talk between threads.
+//
+// The kernels keep to a small part of CUDA, so that tests/emulation can compile the same sources as
+// plain C++ and run them on any machine.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace cbam::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Blocks on a multiprocessor that registers are left for: half of the threads that it can hold. In
+// double precision half of that.
+template <class A>
+constexpr int kResidentBlocks = sizeof(A) == 8 ? 2 : 4;
+
+// The dynamic shared memory of the block, 16-byte aligned.
+template <class T>
+__device__ T* shared_memory(int64_t offset_bytes = 0) {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+#else
+  unsigned char* memory = emulation::shared_memory();
+#endif
+  return reinterpret_cast<T*>(memory + offset_bytes);
+}
+
+// Every kernel begins with this. With programmatic dependent launch its blocks may be scheduled
+// while the launch before still runs; here they wait until that has finished and its writes are
+// seen. Since every kernel waits, so have all launches before it.
+inline __device__ void wait_for_previous_launches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // lets the next launch come as far as this line
+  cudaGridDependencySynchronize();
+#endif
+}
+
+template <class T>
+__device__ T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+__device__ T shuffle_xor(T value, int offset) {
+  return __shfl_xor_sync(kFullWarp, value, offset);
+}
+
+// Whether this block is the last of `blocks` to arrive at a counter that began at zero. What the
+// blocks wrote before is visible to the last one (through __ldcg). Every thread of a block gets
+// the same answer; `flag` is shared memory.
+inline __device__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1 : 0;
+  __syncthreads();
+  const bool last = *flag != 0;
+  if (last) __threadfence();
+  return last;
+}
+
+}  // namespace cbam::cuda

@@ -1,0 +1,348 @@
+// What the sweeps add up: the bodies of sweep.cuh, in the order in which they run.
+//
+//   Pool            x      per channel  sum, maximum                         (forward, launch 1)
+//   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 2)
+//   GateGrads       x, g   per pixel    sum_c g u, and ChannelStats          (backward, launch 1)
+//                          per channel  sum_p g sa x
+//   BackwardPool    x      per channel  Pool, and sum_p x (gradient of s)    (backward, launch 3)
+//   InputGrad       g      dx                                                (backward, launch 4)
+//
+// Pointers lead to the first sample of a chunk. Maps per pixel are [chunk, channel spans, P], maps
+// per channel [chunk, pixel spans, C], of accumulators.
+#pragma once
+
+#include "mlp.cuh"
+#include "sweep.cuh"
+
+namespace cbam::cuda {
+
+// A maximum without its place, with the interface of Argmax.
+template <class A>
+struct Maximum {
+  A value;
+
+  static __device__ Maximum from(int) { return {lowest<A>()}; }
+  __device__ void retire() {}
+  __device__ void move_index(int) {}
+  __device__ void take(A next, int) { value = maximum(next, value); }
+  __device__ void combine(const Maximum& other) { value = maximum(value, other.value); }
+  __device__ Maximum shuffle(int offset) const { return {shuffle_xor(value, offset)}; }
+};
+
+// What all bodies have; each hides what it has of its own.
+template <class S>
+struct Body {
+  using Storage = S;
+  using A = Acc<S>;
+  using Pixel = Nothing;
+  using Channel = Nothing;
+  using PixelFactor = Nothing;
+  using ChannelFactor = Nothing;
+  static constexpr int kInputs = 1;
+  static constexpr int kRows = sizeof(S) == 4 ? 4 : 2;  // as many as registers are left for
+  static constexpr Use kUse = Use::kAgain;
+  static constexpr bool kWrites = false;
+  static constexpr bool kFinishes = false;
+
+  int64_t channels, pixels;
+  int64_t pixel_spans, channel_spans;
+  const S* x;  // [chunk, C, H, W] in its layout: the first input, whatever its name
+  const S* g;  // the second
+
+  __device__ Nothing start_pixel(int) const { return {}; }
+  __device__ Nothing start_channel(int) const { return {}; }
+  template <int W>
+  __device__ void pixel_factors(const Place&, int, Nothing (&)[W]) const {}
+  template <int W>
+  __device__ void channel_factors(const Place&, int, Nothing (&)[W]) const {}
+  __device__ void store_pixel(const Place&, int, const Nothing&) const {}
+  __device__ void store_channel(const Place&, int, const Nothing&) const {}
+
+  // Offsets in maps: of the sample alone, and of partial results.
+  __device__ int64_t pixel_at(const Place& at, int pixel) const { return at.pixel_origin + pixel; }
+  __device__ int64_t channel_at(const Place& at, int channel) const {
+    return at.channel_origin + channel;
+  }
+  __device__ int64_t partial_pixel_at(const Place& at, int pixel) const {
+    return (int64_t{at.sample} * channel_spans + at.channel_span) * pixels + at.first_pixel + pixel;
+  }
+  __device__ int64_t partial_channel_at(const Place& at, int channel) const {
+    return (int64_t{at.sample} * pixel_spans + at.pixel_span) * channels + at.first_channel +
+           channel;
+  }
+};
+
+template <class S>
+struct Pool : Body<S> {
+  using A = Acc<S>;
+  struct Channel {
+    A sum;
+    Maximum<A> maximum;
+    __device__ void retire() { maximum.retire(); }
+    __device__ void move_index(int by) { maximum.move_index(by); }
+    __device__ void combine(const Channel& other) {
+      sum += other.sum;
+      maximum.combine(other.maximum);
+    }
+    __device__ Channel shuffle(int offset) const {
+      return {shuffle_xor(sum, offset), maximum.shuffle(offset)};
+    }
+  };
+  static constexpr bool kFinishes = true;
+
+  A* sums;
+  A* maxima;
+  unsigned* counters;  // [chunk]
+  MlpForward<S> mlp;
+
+  __device__ Channel start_channel(int first) const { return {0, Maximum<A>::from(first)}; }
+  __device__ A visit(A x, A, int pixel, int, const Nothing&, const Nothing&, Nothing&,
+                     Channel& of_channel) const {
+    of_channel.sum += x;
+    of_channel.maximum.take(x, pixel);
+    return x;
+  }
+  __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
+    const int64_t to = this->partial_channel_at(at, channel);
+    store(sums + to, total.sum);
+    store(maxima + to, total.maximum.value);
+  }
+  __device__ void finish(const Place& at) const {
+    const int64_t partials = int64_t{at.sample} * this->pixel_spans * this->channels;
+    mlp.run(at.sample, sums + partials, maxima + partials);
+  }
+};
+
+template <class S, bool kArgmax>
+struct ChannelStats : Body<S> {
+  using A = Acc<S>;
+  using Extreme = std::conditional_t<kArgmax, Argmax<A>, Maximum<A>>;
+  struct Pixel {
+    A sum;
+    Extreme maximum;
+    __device__ void retire() { maximum.retire(); }
+    __device__ void move_index(int by) { maximum.move_index(by); }
+    __device__ void combine(const Pixel& other) {
+      sum += other.sum;
+      maximum.combine(other.maximum);
+    }
+    __device__ Pixel shuffle(int offset) const {
+      return {shuffle_xor(sum, offset), maximum.shuffle(offset)};
+    }
+  };
+  using ChannelFactor = A;  // ca
+
+  const A* ca;  // [chunk, C]
+  A* sums;
+  A* maxima;
+  int* argmaxima;  // channels, where kArgmax
+
+  __device__ Pixel start_pixel(int first) const { return {0, Extreme::from(first)}; }
+  template <int W>
+  __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {
+    load_values<W>(ca + this->channel_at(at, channel), to);
+  }
+  __device__ A visit(A x, A, int, int channel, const Nothing&, const A& gate, Pixel& of_pixel,
+                     Nothing&) const {
+    const A u = gate * x;
+    of_pixel.sum += u;
+    of_pixel.maximum.take(u, channel);
+    return x;
+  }
+  __device__ void store_pixel(const Place& at, int pixel, const Pixel& total) const {
+    const int64_t to = this->partial_pixel_at(at, pixel);
+    store(sums + to, total.sum);
+    store(maxima + to, total.maximum.value);
+    if constexpr (kArgmax) {
+      store(argmaxima + to, total.maximum.index);
+    }
+  }
+};
+
+// The sweep over (x, g). With kStats it is the first launch of backward; without, it is the
+// gradient of the second phase alone, and the spatial gate comes as logits.
+template <class S, bool kStats>
+struct GateGrads : Body<S> {
+  using A = Acc<S>;
+  using Stats = typename ChannelStats<S, true>::Pixel;
+  struct Pixel {
+    A grad;
+    std::conditional_t<kStats, Stats, Nothing> stats;
+    __device__ void retire() { stats.retire(); }
+    __device__ void move_index(int by) { stats.move_index(by); }
+    __device__ void combine(const Pixel& other) {
+      grad += other.grad;
+      stats.combine(other.stats);
+    }
+    __device__ Pixel shuffle(int offset) const {
+      return {shuffle_xor(grad, offset), stats.shuffle(offset)};
+    }
+  };
+  struct Channel {
+    A dot;
+    __device__ void retire() {}
+    __device__ void move_index(int) {}
+    __device__ void combine(const Channel& other) { dot += other.dot; }
+    __device__ Channel shuffle(int offset) const { return {shuffle_xor(dot, offset)}; }
+  };
+  using PixelFactor = A;    // sa
+  using ChannelFactor = A;  // ca
+  static constexpr int kInputs = 2;
+  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+
+  const A* ca;    // [chunk, C]
+  const A* sa;    // [chunk, P] the gate; its logits without kStats
+  A* gate_grads;  // sum_c g u
+  A* sums;        // as in ChannelStats
+  A* maxima;
+  int* argmaxima;
+  A* dots;  // sum_p g sa x
+
+  __device__ Pixel start_pixel(int first) const {
+    if constexpr (kStats) {
+      return {0, {0, Argmax<A>::from(first)}};
+    } else {
+      return {0, {}};
+    }
+  }
+  __device__ Channel start_channel(int) const { return {0}; }
+  template <int W>
+  __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
+    load_values<W>(sa + this->pixel_at(at, pixel), to);
+    if constexpr (!kStats) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) to[i] = sigmoid(to[i]);
+    }
+  }
+  template <int W>
+  __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {
+    load_values<W>(ca + this->channel_at(at, channel), to);
+  }
+  __device__ A visit(A x, A g, int, int channel, const A& spatial, const A& gate, Pixel& of_pixel,
+                     Channel& of_channel) const {
+    const A u = gate * x;
+    of_pixel.grad += g * u;
+    if constexpr (kStats) {
+      of_pixel.stats.sum += u;
+      of_pixel.stats.maximum.take(u, channel);
+    }
+    of_channel.dot += g * spatial * x;
+    return x;
+  }
+  __device__ void store_pixel(const Place& at, int pixel, const Pixel& total) const {
+    const int64_t to = this->partial_pixel_at(at, pixel);
+    store(gate_grads + to, total.grad);
+    if constexpr (kStats) {
+      store(sums + to, total.stats.sum);
+      store(maxima + to, total.stats.maximum.value);
+      store(argmaxima + to, total.stats.maximum.index);
+    }
+  }
+  __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
+    store(dots + this->partial_channel_at(at, channel), total.dot);
+  }
+};
+
+template <class S>
+struct BackwardPool : Body<S> {
+  using A = Acc<S>;
+  struct Channel {
+    A sum;
+    Argmax<A> maximum;
+    A dot;
+    __device__ void retire() { maximum.retire(); }
+    __device__ void move_index(int by) { maximum.move_index(by); }
+    __device__ void combine(const Channel& other) {
+      sum += other.sum;
+      maximum.combine(other.maximum);
+      dot += other.dot;
+    }
+    __device__ Channel shuffle(int offset) const {
+      return {shuffle_xor(sum, offset), maximum.shuffle(offset), shuffle_xor(dot, offset)};
+    }
+  };
+  using PixelFactor = PixelGrad<A>;
+  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+  static constexpr bool kFinishes = true;
+
+  const PixelGrad<A>* pixel_grads;  // [chunk, P]
+  A* sums;
+  A* maxima;
+  long long* argmaxima;  // pixels
+  A* dots;               // sum_p x (ds0 + [c is the argmax at p] ds1)
+  unsigned* counters;    // [chunk]
+  MlpBackward<S> mlp;
+
+  __device__ Channel start_channel(int first) const { return {0, Argmax<A>::from(first), 0}; }
+  template <int W>
+  __device__ void pixel_factors(const Place& at, int pixel, PixelFactor (&to)[W]) const {
+    load_structs(pixel_grads + this->pixel_at(at, pixel), to);
+  }
+  __device__ A visit(A x, A, int pixel, int channel, const PixelFactor& factor, const Nothing&,
+                     Nothing&, Channel& of_channel) const {
+    of_channel.sum += x;
+    of_channel.maximum.take(x, pixel);
+    of_channel.dot += x * (factor.argmax == channel ? factor.ds0 + factor.ds1 : factor.ds0);
+    return x;
+  }
+  __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
+    const int64_t to = this->partial_channel_at(at, channel);
+    const long long first = at.first_pixel;
+    store(sums + to, total.sum);
+    store(maxima + to, total.maximum.value);
+    store(argmaxima + to, first + total.maximum.index);
+    store(dots + to, total.dot);
+  }
+  __device__ void finish(const Place& at) const {
+    const int64_t partials = int64_t{at.sample} * this->pixel_spans * this->channels;
+    mlp.run(at.sample, sums + partials, maxima + partials, argmaxima + partials, dots + partials);
+  }
+};
+
+// dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + davg + [p is the argmax of c] dmax.
+template <class S>
+struct InputGrad : Body<S> {
+  using A = Acc<S>;
+  using PixelFactor = PixelGrad<A>;
+  struct ChannelFactor {
+    A ca, daverage, dmaximum;
+    int argmax;  // pixel counted from the block's first; negative where it is in another block
+    __device__ void move_index(int by) { argmax += by; }
+  };
+  static constexpr Use kUse = Use::kLast;
+  static constexpr bool kWrites = true;
+  static constexpr int kRows = 2;
+
+  S* output;                            // dx
+  const A* ca;                          // [chunk, C]
+  const PixelGrad<A>* pixel_grads;      // [chunk, P]
+  const ChannelGrad<A>* channel_grads;  // [chunk, C]
+
+  template <int W>
+  __device__ void pixel_factors(const Place& at, int pixel, PixelFactor (&to)[W]) const {
+    load_structs(pixel_grads + this->pixel_at(at, pixel), to);
+  }
+  template <int W>
+  __device__ void channel_factors(const Place& at, int channel, ChannelFactor (&to)[W]) const {
+    const int64_t from = this->channel_at(at, channel);
+    A gates[W];
+    load_values<W>(ca + from, gates);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const ChannelGrad<A> grad = load_struct(channel_grads + from + i);
+      const int64_t pixel = grad.argmax - at.first_pixel;
+      const bool here = pixel >= 0 && pixel < kNoIndex;
+      to[i] = {gates[i], grad.daverage, grad.dmaximum, here ? static_cast<int>(pixel) : -1};
+    }
+  }
+  __device__ A visit(A g, A, int pixel, int channel, const PixelFactor& p, const ChannelFactor& c,
+                     Nothing&, Nothing&) const {
+    A du = g * p.sa + p.ds0;
+    if (p.argmax == channel) du += p.ds1;
+    A dx = c.ca * du + c.daverage;
+    if (c.argmax == pixel) dx += c.dmaximum;
+    return dx;
+  }
+};
+
+}  // namespace cbam::cuda

@@ -1,0 +1,79 @@
+// The host side of the stand-in cuda_runtime.h: launches, memset, errors.
+//
+// A launch runs at once and to its end. What goes wrong in it is thrown as a std::runtime_error
+// that names the kernel, block and thread; no call leaves an error behind for cudaGetLastError.
+#pragma once
+
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "emulation/intrinsics.h"
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+union cudaLaunchAttributeValue {
+  char pad[64];
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+namespace emulation {
+// body(context) is the kernel with its arguments, for one thread.
+void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*),
+            const void* context);
+void memset(void* address, int value, size_t bytes);
+bool allow_shared_memory(const void* kernel, size_t bytes);
+}  // namespace emulation
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  };
+  const Call call{kernel, {std::forward<Arguments>(arguments)...}};
+  emulation::launch(
+      *config, reinterpret_cast<const void*>(kernel),
+      [](const void* context) {
+        const auto& call = *static_cast<const Call*>(context);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call);
+  return cudaSuccess;
+}
+
+template <class Function>
+cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes) {
+  const bool allowed = bytes >= 0 && emulation::allow_shared_memory(
+                                         reinterpret_cast<const void*>(kernel), size_t(bytes));
+  return allowed ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  emulation::memset(address, value, bytes);
+  return cudaSuccess;
+}
