@@ -322,6 +322,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default=("8.0", "9.0"),
         help="what to compile .cu files for (default: 8.0 9.0)",
     )
+    parser.add_argument("--all", action="store_true", help="show all kernels, main ones with a *")
     parser.add_argument(
         "--check", action="store_true", help="fail on what main kernels must not do"
     )

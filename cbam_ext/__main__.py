@@ -161,7 +161,6 @@ def _plans(options: argparse.Namespace) -> str:
             layout,
             kernel_size=options.kernel_size,
             backward=backward,
-            aligned=not options.unaligned,
             gpu=gpu,
         ).explain()
         for backward in (False, True)
@@ -183,7 +182,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
     )
     plan.add_argument("--channels-last", action="store_true")
-    plan.add_argument("--unaligned", action="store_true", help="not at a multiple of 16 bytes")
     plan.add_argument("--kernel-size", type=int, default=7)
     gpu = plan.add_argument_group("the GPU", "by default that of this machine, or else an H100")
     gpu.add_argument("--multiprocessors", type=int)

@@ -72,7 +72,6 @@ class LaunchPlan:
     channels_last: bool
     kernel_size: int
     backward: bool
-    aligned: bool
     gpu: Gpu
     # The answer, in the order of csrc/ops.cpp.
     vector: int  # elements of an access to feature maps
@@ -225,14 +224,13 @@ def launch_plan(
     *,
     kernel_size: int = 7,
     backward: bool = False,
-    aligned: bool = True,
     gpu: Gpu | None = None,
 ) -> LaunchPlan:
     """The plan for a tensor, or for a shape [N, C, H, W] of that dtype and memory format.
 
     A tensor brings its own dtype and memory format; where it has neither of the two formats, the
-    operator makes it contiguous first. ``aligned`` says whether feature maps begin at multiples of
-    16 bytes, as PyTorch allocates them. Without ``gpu`` it is the one of this machine, or else an
+    operator makes it contiguous first, and where it begins at no multiple of 16 bytes, it copies
+    it; the plan is that of the copy. Without ``gpu`` it is the one of this machine, or else an
     H100.
     """
     if isinstance(input, Tensor):
@@ -251,13 +249,13 @@ def launch_plan(
     last = h * w == 1 or (last and c > 1)
     if not _library.is_loaded():
         raise RuntimeError(_library.no_kernel_reason("cpu"))
-    question = [n, c, h, w, kernel_size, DTYPES.index(dtype), last, backward, aligned]
+    question = [n, c, h, w, kernel_size, DTYPES.index(dtype), last, backward]
     device = [gpu.multiprocessors, gpu.l2_bytes, gpu.shared_bytes]
     answer = torch.ops.cbam._launch_plan(
         torch.tensor([int(value) for value in (*question, *device)], device="cpu")
     ).tolist()
     answer[13] = bool(answer[13])  # staged
-    return LaunchPlan((n, c, h, w), dtype, last, kernel_size, backward, aligned, gpu, *answer)
+    return LaunchPlan((n, c, h, w), dtype, last, kernel_size, backward, gpu, *answer)
 
 
 def _check(
@@ -279,7 +277,7 @@ def _check(
         raise ValueError(
             f"shape must be [N, C, H, W], with C, H and W of at least 1, got {list(shape)}"
         )
-    if math.prod(shape) * dtype.itemsize >= _MAX_BYTES or max(shape[1:]) > MAX_CHANNELS:
+    if math.prod(shape) * dtype.itemsize >= _MAX_BYTES or shape[1] > MAX_CHANNELS:
         raise ValueError(f"shape is larger than any tensor the kernels take, got {list(shape)}")
     if not 0 < kernel_size <= _MAX_KERNEL or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at most {_MAX_KERNEL}, got {kernel_size}")

@@ -209,6 +209,11 @@ Tensor native_layout(const Tensor& input) {
   return torch::stable::contiguous(input);
 }
 
+Tensor aligned(const Tensor& tensor, int64_t alignment) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % static_cast<uintptr_t>(alignment) == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 Tensor empty_like_input(const Tensor& input) {
   if (input.numel() > 0) return torch::stable::empty_like(input);
   // An empty tensor counts as contiguous whatever its strides, and keeps them in empty_like.

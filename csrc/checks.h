@@ -36,6 +36,9 @@ void check_device(const char* name, const torch::stable::Tensor& tensor,
 // The tensor itself where it is contiguous or channels_last, else a contiguous copy.
 torch::stable::Tensor native_layout(const torch::stable::Tensor& input);
 
+// The tensor itself where its data begins at a multiple of `alignment` bytes, else a copy.
+torch::stable::Tensor aligned(const torch::stable::Tensor& tensor, int64_t alignment);
+
 // A new tensor of the shape, dtype and strides of an input in a native layout.
 torch::stable::Tensor empty_like_input(const torch::stable::Tensor& input);
 

@@ -4,6 +4,8 @@
 //   struct Scope { explicit Scope(const Tensor& input); };
 //       lives while an operator of that input allocates and runs; on CUDA it makes the input's
 //       device the current one
+//   static constexpr int64_t kAlignment;
+//       bytes; feature maps and gates that begin elsewhere are copied for it
 //   static void run(const Tensor& input, const ForwardArgs& args);
 //       and the same for ApplyArgs, ApplyBackwardArgs and BackwardArgs; new memory can be had
 //       from new_empty(input, ...). The batch may be empty.
@@ -91,7 +93,8 @@ inline Tensor empty_spatial_map(const Tensor& input) {
 template <class Backend>
 struct ForwardCall {
   ForwardCall(const Tensor& input, const ParameterTensors& parameters)
-      : scope(check_forward(input, parameters)), input(native_layout(input)) {
+      : scope(check_forward(input, parameters)),
+        input(aligned(native_layout(input), Backend::kAlignment)) {
     args.problem = describe(this->input, parameters);
     args.parameters = views(parameters);
     args.input = this->input.const_data_ptr();
@@ -123,6 +126,17 @@ template <class Backend>
 struct Operators {
   using Scope = typename Backend::Scope;
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  // Tensors as the kernels take them.
+  static Tensor native(const Tensor& input) {
+    return aligned(native_layout(input), Backend::kAlignment);
+  }
+  static Tensor like(const char* name, const Tensor& tensor, const Tensor& x) {
+    return aligned(like_input(name, tensor, x), Backend::kAlignment);
+  }
+  static Tensor map(const char* name, const Tensor& tensor, const Tensor& x, MapKind kind) {
+    return aligned(small_map(name, tensor, x, kind), Backend::kAlignment);
+  }
 
   static Tensor forward(const Tensor& input, const Tensor& fc1_weight,
                         const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
@@ -178,9 +192,9 @@ struct Operators {
     check_device("channel_gate", channel_gate, input);
     check_device("logits", logits, input);
     const Scope scope(input);
-    const Tensor x = native_layout(input);
-    const Tensor gate = small_map("channel_gate", channel_gate, x, MapKind::kChannel);
-    const Tensor dense_logits = small_map("logits", logits, x, MapKind::kSpatial);
+    const Tensor x = native(input);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    const Tensor dense_logits = map("logits", logits, x, MapKind::kSpatial);
     Tensor output = empty_like_input(x);
     ApplyArgs args{};
     args.problem = describe(x);
@@ -201,10 +215,10 @@ struct Operators {
     check_device("channel_gate", channel_gate, input);
     check_device("logits", logits, input);
     const Scope scope(input);
-    const Tensor x = native_layout(input);
-    const Tensor g = like_input("grad_output", grad_output, x);
-    const Tensor gate = small_map("channel_gate", channel_gate, x, MapKind::kChannel);
-    const Tensor dense_logits = small_map("logits", logits, x, MapKind::kSpatial);
+    const Tensor x = native(input);
+    const Tensor g = like("grad_output", grad_output, x);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    const Tensor dense_logits = map("logits", logits, x, MapKind::kSpatial);
     Tensor grad_channel_gate = empty_channel_gate(x);
     Tensor grad_logits = empty_spatial_map(x);
     Tensor spatial_gate = empty_spatial_map(x);
@@ -237,14 +251,14 @@ struct Operators {
       check_device("grad_logits", *grad_logits, input);
     }
     const Scope scope(input);
-    const Tensor x = native_layout(input);
-    const Tensor g = like_input("grad_output", grad_output, x);
-    const Tensor gate = small_map("channel_gate", channel_gate, x, MapKind::kChannel);
-    const Tensor sa = small_map("spatial_gate", spatial_gate, x, MapKind::kSpatial);
+    const Tensor x = native(input);
+    const Tensor g = like("grad_output", grad_output, x);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    const Tensor sa = map("spatial_gate", spatial_gate, x, MapKind::kSpatial);
     OptionalTensor dca, dl;
     if (grad_logits.has_value()) {
-      dca = small_map("grad_channel_gate", *grad_channel_gate, x, MapKind::kChannel);
-      dl = small_map("grad_logits", *grad_logits, x, MapKind::kSpatial);
+      dca = map("grad_channel_gate", *grad_channel_gate, x, MapKind::kChannel);
+      dl = map("grad_logits", *grad_logits, x, MapKind::kSpatial);
     }
 
     const auto gradient_of = [&](bool wanted, const OptionalTensor& tensor) {

@@ -13,6 +13,7 @@ namespace cbam {
 namespace {
 
 struct Cpu {
+  static constexpr int64_t kAlignment = 1;
   struct Scope {
     explicit Scope(const Tensor&) {}
   };
@@ -27,10 +28,10 @@ struct Cpu {
 // The launch plan of the CUDA kernels, for diagnostics and tests on any machine. `question` and the
 // answer are int64 vectors on the CPU; cbam_ext/plan.py names their elements.
 Tensor launch_plan(const Tensor& question) {
-  constexpr int64_t kQuestions = 12;
+  constexpr int64_t kQuestions = 11;
   STD_TORCH_CHECK(question.is_cpu() && question.is_contiguous() && question.dim() == 1 &&
                       question.size(0) == kQuestions && question.scalar_type() == ScalarType::Long,
-                  "_launch_plan: question must be a contiguous CPU tensor of 12 int64");
+                  "_launch_plan: question must be a contiguous CPU tensor of 11 int64");
   const auto* q = static_cast<const int64_t*>(question.const_data_ptr());
   const Problem problem{q[0],
                         q[1],
@@ -41,11 +42,11 @@ Tensor launch_plan(const Tensor& question) {
                         static_cast<DType>(q[5]),
                         q[6] != 0 ? Layout::kNHWC : Layout::kNCHW};
   cuda::Device device;
-  device.multiprocessors = static_cast<int>(q[9]);
-  device.l2_bytes = q[10];
-  device.shared_bytes = q[11];
+  device.multiprocessors = static_cast<int>(q[8]);
+  device.l2_bytes = q[9];
+  device.shared_bytes = q[10];
   const cuda::Pass pass = q[7] != 0 ? cuda::Pass::kBackward : cuda::Pass::kForward;
-  const cuda::Plan plan = cuda::make_plan(problem, pass, q[8] != 0, device);
+  const cuda::Plan plan = cuda::make_plan(problem, pass, device);
   const int64_t answer[] = {plan.vector,
                             plan.chunk,
                             plan.sweep.lanes,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -511,6 +512,13 @@ def test_out_of_bounds_is_found_by_sanitizers(fault: str, error: str) -> None:
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert error in done.stderr
     assert "toys.cu" in done.stderr
+
+
+def test_operators_are_clean_under_sanitizers() -> None:
+    program = Path(build.__file__).with_name("sanitized.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no complaint" in done.stdout
 
 
 def test_a_stack_that_overflows_is_stopped() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +30,24 @@ def parameters(m):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    """A copy of the package, a cache, and what two processes said that compiled it at once."""
-    package = copy_package(tmp_path_factory.mktemp("package"))
-    cache = tmp_path_factory.mktemp("cache")
+    """A copy of the package, a cache, and what two processes said that compiled it at once.
+
+    The workers of a parallel run share them: whoever comes first compiles.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, said = shared / "jit", shared / "jit.json"
+    with open(shared / "jit.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            said.write_text(json.dumps(_compile_twice(folder / "package", folder / "cache")))
+    return folder / "package", folder / "cache", json.loads(said.read_text())
+
+
+def _compile_twice(package: Path, cache: Path) -> list[str]:
+    shutil.rmtree(package.parent, ignore_errors=True)  # of another worker that failed here
+    copy_package(package)
     env = clean_env(FORCE_CUDA="0", TORCH_EXTENSIONS_DIR=str(cache))
     processes = [
         subprocess.Popen(
@@ -44,7 +62,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[st
     ]
     outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return package, cache, outputs
+    return outputs
 
 
 def test_two_processes_at_once(built: tuple[Path, Path, list[str]]) -> None:

@@ -36,7 +36,7 @@ BENCH_SHAPES = [
 
 
 def rules(check: T) -> T:
-    return seed(SEED)(settings(max_examples=400, deadline=None, database=None)(check))
+    return seed(SEED)(settings(max_examples=100, deadline=None, database=None)(check))
 
 
 def sizes(*special: int, largest: int) -> st.SearchStrategy[int]:
@@ -63,7 +63,9 @@ def plans(pick: Any) -> LaunchPlan:
         pick(sizes(7, 56, 112, 70_000, 2**31 + 8, largest=2**32)),
     )
     dtype = pick(st.sampled_from(DTYPES))
-    assume(math.prod(shape) * dtype.itemsize < 2**44)
+    assume(
+        max(shape[0], 1) * math.prod(shape[1:]) * dtype.itemsize <= 2**40
+    )  # more than any GPU holds
     return launch_plan(
         shape,
         dtype,
@@ -77,7 +79,7 @@ def plans(pick: Any) -> LaunchPlan:
 
 def assert_covers(total: int, span: int, spans: int) -> None:
     """All of it, and no span without work."""
-    assert 1 <= span
+    assert span >= 1
     assert (spans - 1) * span < total <= spans * span
 
 
@@ -100,6 +102,7 @@ def test_sweeps_cover_each_sample_once(plan: LaunchPlan) -> None:
     assert plan.sweep_blocks == plan.row_spans * plan.column_spans
     spans = (plan.pixel_spans, plan.channel_spans)
     assert (spans if plan.channels_last else spans[::-1]) == (plan.row_spans, plan.column_spans)
+    assert max(plan.row_span, plan.column_span) < 2**31  # within a block indices have 32 bits
     # A block goes over its columns in whole tiles, with lanes that all have work where they can.
     tile = plan.lanes * plan.vector
     assert is_power_of_two(plan.lanes) and 4 <= plan.lanes <= 32
@@ -121,7 +124,7 @@ def test_accesses_are_wide_where_they_can_be(plan: LaunchPlan) -> None:
 def test_tiles_cover_each_map_once(plan: LaunchPlan) -> None:
     _, c, h, w = plan.shape
     row_tiles, column_tiles = -(-h // plan.tile_rows), -(-w // plan.tile_columns)
-    assert 1 <= plan.tile_rows <= h and 1 <= plan.tile_columns
+    assert 1 <= plan.tile_rows <= h and plan.tile_columns >= 1
     assert plan.tile_columns < w + plan.gate_vector
     assert plan.tiles == row_tiles * column_tiles
     assert_covers(c, plan.gate_channel_span, plan.gate_channel_spans)
@@ -214,11 +217,11 @@ def test_every_plan_explains_itself(plan: LaunchPlan) -> None:
 def test_common_problems_fill_an_h100(
     shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
-    """A block for each multiprocessor, where every block has at least 16 KiB to read or write."""
+    """A block for each multiprocessor, where each has at least 32 KiB to read."""
     for backward in (False, True):
         plan = launch_plan(shape, dtype, layout, backward=backward, gpu=Gpu())
         chunk_map = plan.chunk * plan.sample_bytes
-        enough = min(Gpu().multiprocessors, chunk_map // (16 << 10))
+        enough = min(Gpu().multiprocessors, chunk_map // (32 << 10))
         for launch in plan.launches:
             if launch.map_reads:
                 assert launch.blocks is not None

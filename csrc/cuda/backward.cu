@@ -18,6 +18,7 @@
 // operator of its own (ApplyBackwardArgs, at the end), and launch 1 then reads x alone.
 
 #include <algorithm>
+#include <numeric>
 
 #include "dispatch.cuh"
 #include "launch.cuh"
@@ -69,12 +70,6 @@ struct BackwardMemory {
   A* pool_dots;
   ChannelGrad<A>* channel_grads;  // [chunk, C]
 };
-
-Plan plan_for(const BackwardArgs& args, const Device& device) {
-  const bool aligned = are_aligned(
-      {args.input, args.grad_output, args.grad_input, args.channel_gate, args.spatial_gate});
-  return make_plan(args.problem, Pass::kBackward, aligned, device);
-}
 
 // --------------------------------------------------------------------------------- launches
 
@@ -137,7 +132,7 @@ class Chunk {
   void launch_map_grads(bool writes_pixel_grads) const {
     MapGrads<S> grads{};
     grads.tiling = tiling_;
-    grads.channels = problem_.c;
+    grads.inverse_channels = A{1} / static_cast<A>(problem_.c);
     grads.height = problem_.h;
     grads.width = problem_.w;
     grads.kernel = static_cast<int>(problem_.kernel);
@@ -157,7 +152,7 @@ class Chunk {
       grads.conv_grads = memory_.conv_grads + first_ * tiling_.tiles * size;
     }
     launcher_.launch(map_grads_kernel<S>, samples_ * tiling_.tiles,
-                     tiling_.staged ? staged_bytes(tiling_, problem_, 3, 0) : 0, grads);
+                     tiling_.staged ? staged_bytes(tiling_, problem_, 3, 0) : kPlaceBytes, grads);
   }
 
   void launch_pool() const {
@@ -172,8 +167,8 @@ class Chunk {
     const int64_t first_channel = first_ * problem_.c, first_unit = first_ * 2 * problem_.hidden;
     const bool given = args_.grad_channel_gate != nullptr;
     pool.mlp = {
-        {problem_.c, problem_.hidden, problem_.pixels(), sweep_.pixel_spans, parameters.fc1_weight,
-         parameters.fc1_bias, parameters.fc2_weight, parameters.fc2_bias,
+        {problem_.c, problem_.hidden, A{1} / static_cast<A>(problem_.pixels()), sweep_.pixel_spans,
+         parameters.fc1_weight, parameters.fc1_bias, parameters.fc2_weight, parameters.fc2_bias,
          memory_.pooled + 2 * first_channel, memory_.hidden_units + first_unit},
         ca_,
         given ? static_cast<const A*>(args_.grad_channel_gate) + first_channel : memory_.gate_dots,
@@ -207,20 +202,30 @@ template <class S>
 void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const Plan& plan,
                             const BackwardMemory<Acc<S>>& memory) {
   const Problem& p = args.problem;
-  const ParameterGrads<S> grads{p.n,
-                                p.c,
-                                p.hidden,
-                                2 * p.kernel * p.kernel,
-                                plan.tiling.tiles,
-                                memory.pooled,
-                                memory.hidden_units,
-                                memory.dz,
-                                memory.dunits,
-                                memory.conv_grads,
-                                args.grads,
-                                static_cast<int>(p.kernel)};
-  int64_t blocks = 0;
-  for (int kind = 0; kind < ParameterGrads<S>::kKinds; ++kind) blocks += grads.blocks(kind);
+  ParameterGrads<S> grads{};
+  grads.samples = p.n;
+  grads.channels = p.c;
+  grads.hidden = p.hidden;
+  grads.kernel = p.kernel;
+  grads.taps = 2 * p.kernel * p.kernel;
+  grads.tiles = plan.tiling.tiles;
+  grads.pooled = memory.pooled;
+  grads.hidden_units = memory.hidden_units;
+  grads.dz = memory.dz;
+  grads.dunits = memory.dunits;
+  grads.conv_grads = memory.conv_grads;
+  grads.grads = args.grads;
+  const auto side_by_side = [](const ParameterView& view, int64_t elements, int64_t width) {
+    return view.data == nullptr ? 0 : divide_up(elements, width);
+  };
+  const int64_t needed[kKinds] = {side_by_side(args.grads.fc1_weight, p.c * p.hidden, kWarp),
+                                  side_by_side(args.grads.fc2_weight, p.c * p.hidden, kWarp),
+                                  side_by_side(args.grads.fc1_bias, p.hidden, kWarp),
+                                  side_by_side(args.grads.fc2_bias, p.c, kWarp),
+                                  side_by_side(args.grads.conv_weight, grads.taps, 1),
+                                  side_by_side(args.grads.conv_bias, 1, 1)};
+  std::copy_n(needed, kKinds, grads.blocks);
+  const int64_t blocks = std::accumulate(needed, needed + kKinds, int64_t{0});
   if (blocks == 0) return;
   launcher.launch(parameter_grads_kernel<S>, blocks,
                   kThreads * static_cast<int64_t>(sizeof(Acc<S>)), grads);
@@ -290,11 +295,6 @@ struct PhaseMemory {
   A* dots;        // [chunk, pixel spans, C]
 };
 
-Plan plan_for(const ApplyBackwardArgs& args, const Device& device) {
-  const bool aligned = are_aligned({args.input, args.grad_output, args.channel_gate, args.logits});
-  return make_plan(args.problem, Pass::kBackward, aligned, device);
-}
-
 template <class S, Layout layout, int W>
 void apply_backward(const ApplyBackwardArgs& args, const Plan& plan, const Queue& queue) {
   using A = Acc<S>;
@@ -341,7 +341,7 @@ void apply_backward(const ApplyBackwardArgs& args, const Plan& plan, const Queue
 }  // namespace
 
 int64_t workspace_bytes(const BackwardArgs& args, const Device& device) {
-  const Plan plan = plan_for(args, device);
+  const Plan plan = make_plan(args.problem, Pass::kBackward, device);
   return with_storage(args.problem.dtype, [&](auto storage) {
     Arena arena(nullptr);
     BackwardMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
@@ -350,7 +350,7 @@ int64_t workspace_bytes(const BackwardArgs& args, const Device& device) {
 }
 
 void run(const BackwardArgs& args, const Queue& queue) {
-  const Plan plan = plan_for(args, queue.device);
+  const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
   with_storage(args.problem.dtype, [&](auto storage) {
     using S = decltype(storage);
     with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {
@@ -360,7 +360,7 @@ void run(const BackwardArgs& args, const Queue& queue) {
 }
 
 int64_t workspace_bytes(const ApplyBackwardArgs& args, const Device& device) {
-  const Plan plan = plan_for(args, device);
+  const Plan plan = make_plan(args.problem, Pass::kBackward, device);
   return with_storage(args.problem.dtype, [&](auto storage) {
     Arena arena(nullptr);
     PhaseMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
@@ -369,7 +369,7 @@ int64_t workspace_bytes(const ApplyBackwardArgs& args, const Device& device) {
 }
 
 void run(const ApplyBackwardArgs& args, const Queue& queue) {
-  const Plan plan = plan_for(args, queue.device);
+  const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
   with_storage(args.problem.dtype, [&](auto storage) {
     using S = decltype(storage);
     with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {

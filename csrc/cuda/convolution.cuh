@@ -3,7 +3,7 @@
 // A thread takes runs of kRun pixels of one column: it slides down the rows, so that a value is
 // loaded once for kRun sums, and threads side by side read neighbouring values. The maps with their
 // border of k // 2, and the weights, are staged in shared memory. Where k is so large that they do
-// not fit, the same code reads them from global memory.
+// not fit, plain loops read them from global memory (the functions *_from_memory).
 #pragma once
 
 #include "reduce.cuh"
@@ -29,86 +29,63 @@ inline __device__ int row_of(const Tiling& tiling, int q) {
   return static_cast<int>((static_cast<uint64_t>(q) * tiling.reciprocal) >> 32);
 }
 
-// A map around a tile, from k // 2 rows above and columns before it. Outside the map it is zero.
-// `value` gives the map at a pixel.
-template <bool staged, class A, class Value>
+// ---------------------------------------------------------------------------------- staging
+
+// A map around a tile in shared memory, from k // 2 rows above and columns before it. Outside the
+// map it is zero.
+template <class A>
 struct Window {
-  __device__ Window(const Tiling& tiling, const Tile& tile, int kernel, int64_t height,
-                    int64_t width, Value value)
-      : value(value),
-        top(tile.first_row - kernel / 2),
-        left(tile.first_column - kernel / 2),
-        height(height),
-        width(width),
-        rows((tiling.rows + kRun - 1) / kRun * kRun + kernel - 1),
-        stride(tiling.columns + kernel - 1) {}
-
-  // Fills shared memory; a barrier is due before it is read. Returns what follows it.
-  __device__ A* stage(A* memory) {
-    if constexpr (!staged) return memory;
-    map = memory;
-    for (int i = static_cast<int>(threadIdx.x); i < rows * stride; i += kThreads) {
-      map[i] = from_memory(i / stride, i % stride);
-    }
-    return memory + rows * stride;
-  }
-
-  __device__ A at(int row, int column) const {
-    if constexpr (staged) return map[row * stride + column];
-    return from_memory(row, column);
-  }
-
-  __device__ A from_memory(int row, int column) const {
-    const int64_t y = top + row, x = left + column;
-    return y < 0 || y >= height || x < 0 || x >= width ? A{0} : value(y * width + x);
-  }
-
-  Value value;
-  int64_t top, left, height, width;
-  int rows, stride;
-  A* map = nullptr;
+  const A* values;
+  int stride;
+  __device__ A at(int row, int column) const { return values[row * stride + column]; }
 };
 
-template <bool staged, class A, class Value>
-__device__ Window<staged, A, Value> make_window(const Tiling& tiling, const Tile& tile, int kernel,
-                                                int64_t height, int64_t width, Value value) {
-  return {tiling, tile, kernel, height, width, value};
+// Stages a map, which `value` gives by pixel, and moves `memory` behind it. A barrier is due before
+// it is read.
+template <class A, class Value>
+__device__ Window<A> stage_map(const Tiling& tiling, const Tile& tile, int kernel, int64_t height,
+                               int64_t width, A*& memory, Value&& value) {
+  const int rows = (tiling.rows + kRun - 1) / kRun * kRun + kernel - 1;
+  const int stride = tiling.columns + kernel - 1;
+  const int64_t top = tile.first_row - kernel / 2, left = tile.first_column - kernel / 2;
+  A* const values = memory;
+  memory += rows * stride;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x / kWarp); row < rows; row += kThreads / kWarp) {
+    const int64_t y = top + row;
+    const bool in_map = y >= 0 && y < height;
+#pragma unroll 1
+    for (int column = lane; column < stride; column += kWarp) {
+      const int64_t x = left + column;
+      values[row * stride + column] = in_map && x >= 0 && x < width ? value(y * width + x) : A{0};
+    }
+  }
+  return {values, stride};
 }
 
-// The weights [2, k, k] of the convolution.
-template <bool staged, class S>
-struct Weights {
-  using A = Acc<S>;
-
-  __device__ Weights(const ParameterView& view, int kernel) : view(view), kernel(kernel) {}
-
-  __device__ A* stage(A* memory) {
-    if constexpr (!staged) return memory;
-    values = memory;
-    const int taps = kernel * kernel;
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * taps; i += kThreads) {
-      const int tap = i % taps;
-      values[i] = load_parameter<S>(view, i / taps, tap / kernel, tap % kernel);
-    }
-    return memory + 2 * taps;
+// Stages the weights [2, k, k], likewise.
+template <class S>
+__device__ const Acc<S>* stage_weights(const ParameterView& view, int kernel, Acc<S>*& memory) {
+  Acc<S>* const values = memory;
+  const int taps = kernel * kernel;
+  memory += 2 * taps;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * taps; i += kThreads) {
+    const int tap = i % taps;
+    values[i] = load_parameter<S>(view, i / taps, tap / kernel, tap % kernel);
   }
+  return values;
+}
 
-  __device__ A at(int map, int row, int column) const {
-    if constexpr (staged) return values[(map * kernel + row) * kernel + column];
-    return load_parameter<S>(view, map, row, column);
-  }
+// ------------------------------------------------------------------------------ convolution
 
-  const ParameterView& view;
-  int kernel;
-  A* values = nullptr;
-};
-
-// Adds to sums[i] the correlation of the window with the weights of one map at pixel (row + i,
-// column) of the tile. Turned by half a turn, the weights make it the transposed convolution.
-template <bool turned, class A, class W, class V>
-__device__ void correlate(const W& weights, int map, const V& window, int row, int column,
-                          A (&sums)[kRun]) {
-  const int kernel = weights.kernel;
+// Adds to sums[i] the correlation of the window with the weights [k, k] of one map at pixel
+// (row + i, column) of the tile. Turned by half a turn, the weights make it the transposed
+// convolution.
+template <bool turned, class A>
+__device__ void correlate(int kernel, const A* weights, const Window<A>& window, int row,
+                          int column, A (&sums)[kRun]) {
 #pragma unroll 1
   for (int dx = 0; dx < kernel; ++dx) {
     A values[kRun];
@@ -117,8 +94,8 @@ __device__ void correlate(const W& weights, int map, const V& window, int row, i
 #pragma unroll kRun
     for (int dy = 0; dy < kernel; ++dy) {
       values[kRun - 1] = window.at(row + kRun - 1 + dy, column + dx);
-      const A weight =
-          turned ? weights.at(map, kernel - 1 - dy, kernel - 1 - dx) : weights.at(map, dy, dx);
+      const A weight = turned ? weights[(kernel - 1 - dy) * kernel + kernel - 1 - dx]
+                              : weights[dy * kernel + dx];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) sums[i] += weight * values[i];
 #pragma unroll
@@ -127,23 +104,56 @@ __device__ void correlate(const W& weights, int map, const V& window, int row, i
   }
 }
 
+// The same for one pixel of the map, from global memory.
+template <bool turned, class S, class Value>
+__device__ Acc<S> correlate_from_memory(const ParameterView& weights, int map, int kernel,
+                                        int64_t height, int64_t width, int64_t row, int64_t column,
+                                        Value&& value) {
+  Acc<S> sum = 0;
+#pragma unroll 1
+  for (int dy = 0; dy < kernel; ++dy) {
+    const int64_t y = row + dy - kernel / 2;
+    if (y < 0 || y >= height) continue;
+#pragma unroll 1
+    for (int dx = 0; dx < kernel; ++dx) {
+      const int64_t x = column + dx - kernel / 2;
+      if (x < 0 || x >= width) continue;
+      sum += load_parameter<S>(weights, map, turned ? kernel - 1 - dy : dy,
+                               turned ? kernel - 1 - dx : dx) *
+             value(y * width + x);
+    }
+  }
+  return sum;
+}
+
 // Mean (map 0) and maximum (map 1) of u over all channels at a pixel, from the spans' results.
 template <class A, class Args>
 __device__ A channel_stat(const Args& args, int64_t sample, int map, int64_t pixel) {
   const int64_t pixels = args.height * args.width;
   const A* const partials = (map == 0 ? args.sums : args.maxima) + sample * args.spans * pixels;
   A total = load(partials + pixel);
+#pragma unroll 1
   for (int64_t i = 1; i < args.spans; ++i) {
     const A next = load(partials + i * pixels + pixel);
     total = map == 0 ? total + next : maximum(total, next);
   }
-  return map == 0 ? total / static_cast<A>(args.channels) : total;
+  return map == 0 ? total * args.inverse_channels : total;
+}
+
+// Calls f(row, column) for the pixels of a tile.
+template <class F>
+__device__ void each_pixel(const Tile& tile, int first, int step, F&& f) {
+#pragma unroll 1
+  for (int i = first; i < tile.rows * tile.columns; i += step) {
+    f(i / tile.columns, i % tile.columns);
+  }
 }
 
 // Calls f(first row, column) for the runs of a tile.
 template <class F>
 __device__ void each_run(const Tile& tile, int first, int step, F&& f) {
   const int runs = (tile.rows + kRun - 1) / kRun * tile.columns;
+#pragma unroll 1
   for (int i = first; i < runs; i += step) f(i / tile.columns * kRun, i % tile.columns);
 }
 
@@ -156,11 +166,11 @@ struct Sum {
   __device__ Sum shuffle(int offset) const { return {shuffle_xor(value, offset)}; }
 };
 
-// The tile's part of dW[map, dy, dx] = sum_p dl[p] s_map[p + (dy, dx) - k // 2] for kRun rows of
-// weights from `first_dy` on, summed over a warp. Lane kWarp / kRun * i ends up with number i.
-template <class A, class L, class V>
-__device__ A weight_grads(const Tile& tile, int kernel, int first_dy, int dx, const L& dlogits,
-                          const V& stats) {
+// The tile's part of dW[dy, dx] = sum_p dl[p] s[p + (dy, dx) - k // 2] for kRun rows of weights
+// from `first_dy` on, summed over a warp. Lane kWarp / kRun * i ends up with number i.
+template <class A>
+__device__ A weight_grads(const Tile& tile, int kernel, int first_dy, int dx,
+                          const Window<A>& dlogits, const Window<A>& stats) {
   Sum<A> sums[kRun] = {};
   each_run(tile, static_cast<int>(threadIdx.x % kWarp), kWarp, [&](int row, int column) {
     A values[2 * kRun - 1];

@@ -29,7 +29,7 @@ Device query(int index) {
   const cudaError_t found =
       cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(arch_kernel));
   if (found != cudaSuccess) {
-    cudaGetLastError();  // or the next call, whoever makes it, would report it
+    cudaGetLastError();  // or the next to ask would be told
     const std::string number = std::to_string(major) + "." + std::to_string(minor);
     throw std::runtime_error(
         "cbam: this GPU has compute capability " + number +
@@ -43,7 +43,10 @@ Device query(int index) {
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   // Code that was compiled for less does not wait for the launch before it, see platform.cuh.
-  device.dependent_launch = major >= 9 && code.ptxVersion >= 90;
+  // Drivers before 12.3 cannot capture dependent launches into graphs.
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  device.dependent_launch = major >= 9 && code.ptxVersion >= 90 && driver >= 12030;
   return device;
 }
 

@@ -1,8 +1,6 @@
 // From what is known at run time to what kernels are compiled for.
 #pragma once
 
-#include <initializer_list>
-
 #include "storage.cuh"
 
 namespace cbam::cuda {
@@ -42,13 +40,6 @@ void with_access(Layout layout, int vector, F&& f) {
   } else {
     with_width(LayoutTag<Layout::kNHWC>{});
   }
-}
-
-inline bool are_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  }
-  return true;
 }
 
 }  // namespace cbam::cuda

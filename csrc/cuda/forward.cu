@@ -12,8 +12,8 @@
 
 #include <algorithm>
 
-#include "convolution.cuh"
 #include "dispatch.cuh"
+#include "gate.cuh"
 #include "launch.cuh"
 #include "sums.cuh"
 #include "workspace.h"
@@ -24,178 +24,19 @@ namespace {
 // ------------------------------------------------------------------------- launch 3: the gate
 
 template <class S>
-struct GateArgs {
-  using A = Acc<S>;
-  Tiling tiling;
-  Gate gate;
-  int64_t channels, height, width;
-  int kernel;
-  ParameterView conv_weight, conv_bias;
-  const A* sums;    // [chunk, spans, P] of u over the channels of each span
-  const A* maxima;  // [chunk, spans, P]
-  int64_t spans;
-  const A* given_logits;  // [chunk, P]; where it is not null, nothing is convolved
-  const A* ca;            // [chunk, C]
-  const S* x;             // [chunk, C, H, W]
-  S* y;                   // [chunk, C, H, W] or null, as the following are
-  A* sa;                  // [chunk, P]
-  A* logits;              // [chunk, P]
-};
-
-// The gates of a tile, into shared memory `gates` and to the maps that are wanted.
-template <bool staged, class S, class A>
-__device__ __noinline__ void convolve_tile(const GateArgs<S>& args, int64_t sample,
-                                           const Tile& tile, bool writes_maps, A* gates,
-                                           A* memory) {
-  const auto stat = [&](int map) {
-    return make_window<staged, A>(
-        args.tiling, tile, args.kernel, args.height, args.width,
-        [&args, sample, map](int64_t p) { return channel_stat<A>(args, sample, map, p); });
-  };
-  auto mean = stat(0);
-  auto highest = stat(1);
-  Weights<staged, S> weights(args.conv_weight, args.kernel);
-  weights.stage(highest.stage(mean.stage(memory)));
-  __syncthreads();
-  const A bias = load_bias<S>(args.conv_bias, 0);
-  each_run(tile, static_cast<int>(threadIdx.x), kThreads, [&](int row, int column) {
-    A logits[kRun] = {};
-    correlate<false>(weights, 0, mean, row, column, logits);
-    correlate<false>(weights, 1, highest, row, column, logits);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (row + i >= tile.rows) break;
-      const A logit = logits[i] + bias, gate = sigmoid(logit);
-      gates[(row + i) * args.tiling.columns + column] = gate;
-      if (!writes_maps) continue;
-      const int64_t pixel = (sample * args.height + tile.first_row + row + i) * args.width +
-                            tile.first_column + column;
-      if (args.sa != nullptr) store(args.sa + pixel, gate);
-      if (args.logits != nullptr) store(args.logits + pixel, logit);
-    }
-  });
-}
-
-// y = sa u on a tile, for the channels of the block.
-template <class S, Layout layout, int W>
-__device__ void apply_gates(const GateArgs<S>& args, int64_t sample, const Tile& tile,
-                            int64_t first_channel, const Acc<S>* gates) {
-  using A = Acc<S>;
-  constexpr int U = 4;  // accesses of a thread in flight
-  constexpr bool kNchw = layout == Layout::kNCHW;
-  const int64_t pixels = args.height * args.width;
-  const int64_t origin = sample * args.channels * pixels;
-  const A* const ca = args.ca + sample * args.channels + first_channel;
-  const int channels =
-      static_cast<int>(smaller(args.gate.channel_span, args.channels - first_channel));
-  const int tile_pixels = args.tiling.rows * args.tiling.columns;
-  const int rows = kNchw ? channels : tile_pixels, columns = kNchw ? tile_pixels : channels;
-  const int lanes = args.gate.lanes, groups = kThreads / lanes;
-  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int group = static_cast<int>(threadIdx.x) / lanes;
-
-  // Where pixel q of the tile lies in the map; -1 if it does not.
-  const auto pixel_of = [&](int q) -> int64_t {
-    const int row = row_of(args.tiling, q), column = q - row * args.tiling.columns;
-    if (row >= tile.rows || column >= tile.columns) return -1;
-    return (tile.first_row + row) * args.width + tile.first_column + column;
-  };
-  for (int column = lane * W; column < columns; column += lanes * W) {
-    A column_gates[W];
-    int64_t first_pixel = 0;
-    if constexpr (kNchw) {
-      first_pixel = pixel_of(column);
-      if (first_pixel < 0) continue;
-#pragma unroll
-      for (int i = 0; i < W; ++i) column_gates[i] = gates[column + i];
-    } else {
-      load_values<W>(ca + column, column_gates);
-    }
-    for (int base = group; base < rows; base += groups * U) {
-      Packed<S, W> x[U];
-      int64_t at[U];
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int row = base + u * groups;
-        at[u] = -1;
-        if (row >= rows) continue;
-        if constexpr (kNchw) {
-          at[u] = origin + (first_channel + row) * pixels + first_pixel;
-        } else {
-          const int64_t pixel = pixel_of(row);
-          if (pixel < 0) continue;
-          at[u] = origin + pixel * args.channels + first_channel + column;
-        }
-        x[u] = load_packed<S, W, Use::kLast>(args.x + at[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (at[u] < 0) continue;
-        const int row = base + u * groups;
-        const A row_gate = kNchw ? load(ca + row) : gates[row];
-        A values[W];
-        unpack<S, W>(x[u], values);
-#pragma unroll
-        for (int i = 0; i < W; ++i) {
-          // The same order in both layouts: u first.
-          values[i] = kNchw ? column_gates[i] * (row_gate * values[i])
-                            : row_gate * (column_gates[i] * values[i]);
-        }
-        store_output<S, W>(args.y + at[u], values);
-      }
-    }
-  }
-}
-
-template <class S, Layout layout, int W>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
-    gate_kernel(const __grid_constant__ GateArgs<S> args) {
-  using A = Acc<S>;
-  wait_for_previous_launches();
-  const int64_t unit = blockIdx.x / args.tiling.tiles;
-  const int64_t tile_index = blockIdx.x - unit * args.tiling.tiles;
-  const int64_t sample = unit / args.gate.channel_spans;
-  const int64_t span = unit - sample * args.gate.channel_spans;
-  const Tile tile = tile_at(args.tiling, args.height, args.width, tile_index);
-
-  A* const gates = shared_memory<A>();
-  if (args.given_logits != nullptr) {
-    for (int q = static_cast<int>(threadIdx.x); q < tile.rows * tile.columns; q += kThreads) {
-      const int row = q / tile.columns, column = q % tile.columns;
-      const int64_t pixel =
-          (sample * args.height + tile.first_row + row) * args.width + tile.first_column + column;
-      gates[row * args.tiling.columns + column] = sigmoid(load(args.given_logits + pixel));
-    }
-  } else {
-    A* const memory = gates + args.tiling.rows * args.tiling.columns;
-    if (args.tiling.staged) {
-      convolve_tile<true>(args, sample, tile, span == 0, gates, memory);
-    } else {
-      convolve_tile<false>(args, sample, tile, span == 0, gates, memory);
-    }
-  }
-  if (args.y == nullptr) return;
-  __syncthreads();
-  apply_gates<S, layout, W>(args, sample, tile, span * args.gate.channel_span, gates);
-}
-
-int64_t gate_shared_bytes(const Plan& plan, const Problem& problem, bool convolves, int64_t size) {
-  const int64_t pixels = int64_t{plan.tiling.rows} * plan.tiling.columns;
-  if (convolves && plan.tiling.staged) return staged_bytes(plan.tiling, problem, 2, pixels);
-  return pixels * size;
-}
-
-template <class S>
 void launch_gate(Launcher& launcher, const Plan& plan, const Problem& problem, int64_t samples,
                  GateArgs<S> args) {
   args.tiling = plan.tiling;
   args.gate = plan.gate;
   args.channels = problem.c;
+  args.inverse_channels = Acc<S>{1} / static_cast<Acc<S>>(problem.c);
   args.height = problem.h;
   args.width = problem.w;
   args.kernel = static_cast<int>(problem.kernel);
-  const int64_t shared =
-      gate_shared_bytes(plan, problem, args.given_logits == nullptr, sizeof(Acc<S>));
+  const int64_t pixels = int64_t{plan.tiling.rows} * plan.tiling.columns;
+  const bool stages = args.given_logits == nullptr && plan.tiling.staged;
+  const int64_t shared = stages ? staged_bytes(plan.tiling, problem, 2, pixels)
+                                : kPlaceBytes + pixels * static_cast<int64_t>(sizeof(Acc<S>));
   // Without y, one block a tile is enough.
   if (args.y == nullptr) args.gate.channel_spans = 1;
   const int64_t blocks = samples * args.tiling.tiles * args.gate.channel_spans;
@@ -228,12 +69,6 @@ struct ForwardMemory {
   A* maxima;           // [chunk, channel spans, P]
 };
 
-Plan plan_for(const ForwardArgs& args, const Device& device) {
-  const bool aligned =
-      are_aligned({args.input, args.output, args.channel_gate, args.spatial_gate, args.logits});
-  return make_plan(args.problem, Pass::kForward, aligned, device);
-}
-
 // ------------------------------------------------------------------------------------- host
 
 template <class T>
@@ -262,9 +97,9 @@ void forward(const ForwardArgs& args, const Plan& plan, const Queue& queue) {
     pool.sums = memory.pool_sums;
     pool.maxima = memory.pool_maxima;
     pool.counters = memory.counters + first;
-    pool.mlp = {{p.c, p.hidden, p.pixels(), sweep.pixel_spans, args.parameters.fc1_weight,
-                 args.parameters.fc1_bias, args.parameters.fc2_weight, args.parameters.fc2_bias,
-                 memory.pooled, memory.hidden_units},
+    pool.mlp = {{p.c, p.hidden, A{1} / static_cast<A>(p.pixels()), sweep.pixel_spans,
+                 args.parameters.fc1_weight, args.parameters.fc1_bias, args.parameters.fc2_weight,
+                 args.parameters.fc2_bias, memory.pooled, memory.hidden_units},
                 ca};
     launcher.launch(sweep_kernel<Pool<S>, layout, W>, samples * sweep.blocks,
                     sweep_shared_bytes<Pool<S>, layout, W>(sweep), pool, sweep);
@@ -289,15 +124,10 @@ void forward(const ForwardArgs& args, const Plan& plan, const Queue& queue) {
   }
 }
 
-Plan plan_for(const ApplyArgs& args, const Device& device) {
-  const bool aligned = are_aligned({args.input, args.output, args.channel_gate});
-  return make_plan(args.problem, Pass::kForward, aligned, device);
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const ForwardArgs& args, const Device& device) {
-  const Plan plan = plan_for(args, device);
+  const Plan plan = make_plan(args.problem, Pass::kForward, device);
   return with_storage(args.problem.dtype, [&](auto storage) {
     Arena arena(nullptr);
     ForwardMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
@@ -307,7 +137,7 @@ int64_t workspace_bytes(const ForwardArgs& args, const Device& device) {
 
 void run(const ForwardArgs& args, const Queue& queue) {
   if (args.problem.n == 0) return;
-  const Plan plan = plan_for(args, queue.device);
+  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
   with_storage(args.problem.dtype, [&](auto storage) {
     using S = decltype(storage);
     with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {
@@ -323,7 +153,7 @@ int64_t workspace_bytes(const ApplyArgs&, const Device&) { return 0; }
 void run(const ApplyArgs& args, const Queue& queue) {
   if (args.problem.n == 0) return;
   const Problem& p = args.problem;
-  const Plan plan = plan_for(args, queue.device);
+  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
   with_storage(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     using A = Acc<S>;

@@ -6,13 +6,18 @@
 
 namespace cbam::cuda {
 
-// What the gradient of an element needs of its pixel: the spatial gate, the gradients of the mean
-// (divided by C) and of the maximum over channels, and the channel of that maximum. Written by
-// map_grads.cuh.
+// What the gradient of an element needs of its pixel: the spatial gate; the gradient of s that
+// reaches u, through the mean alone and, in the channel of the maximum, through both; and that
+// channel. Written by map_grads.cuh.
 template <class A>
 struct alignas(16) PixelGrad {
-  A sa, ds0, ds1;
+  A sa;
+  A through_mean;  // ds0 / C
+  A through_both;  // ds0 / C + ds1
   int argmax;
+  __device__ A grad_at(int channel) const {
+    return argmax == channel ? through_both : through_mean;
+  }
   __device__ void move_index(int by) { argmax += by; }
 };
 

@@ -11,6 +11,7 @@ namespace cbam::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next to ask would be told
   throw std::runtime_error(std::string("cbam: ") + what + ": " + cudaGetErrorString(error));
 }
 

@@ -12,11 +12,19 @@
 
 namespace cbam::cuda {
 
+// Where a block works. Kept in shared memory, where it takes no registers.
+struct alignas(16) MapPlace {
+  Tile tile;
+  int64_t sample, index;  // of the tile in the sample
+};
+static_assert(sizeof(MapPlace) <= kPlaceBytes, "what the plan counts with");
+
 template <class S>
 struct MapGrads {
   using A = Acc<S>;
   Tiling tiling;
-  int64_t channels, height, width;
+  int64_t height, width;
+  A inverse_channels;  // 1 / C
   int kernel;
   ParameterView conv_weight;
   const A* gate_grads;     // [chunk, spans, P] sum_c g u
@@ -30,6 +38,12 @@ struct MapGrads {
   A* conv_grads;              // [chunk, tiles, 2 k k + 1] weights, bias; or null
 
   __device__ int64_t partials(int64_t sample) const { return sample * spans * height * width; }
+
+  // Where a tile leaves its part of the convolution's gradients; null where they are not wanted.
+  __device__ A* conv_grads_of(const MapPlace& at) const {
+    if (conv_grads == nullptr) return nullptr;
+    return conv_grads + (at.sample * tiling.tiles + at.index) * (2 * kernel * kernel + 1);
+  }
 
   // The gradient of the gate's logits.
   __device__ A dlogit(int64_t sample, int64_t pixel) const {
@@ -53,82 +67,133 @@ struct MapGrads {
   }
 };
 
-template <bool staged, class S>
-__device__ __noinline__ void map_grads_of_tile(const MapGrads<S>& args, int64_t sample,
-                                               int64_t tile_index) {
-  using A = Acc<S>;
-  const Tile tile = tile_at(args.tiling, args.height, args.width, tile_index);
-  auto dlogits =
-      make_window<staged, A>(args.tiling, tile, args.kernel, args.height, args.width,
-                             [&args, sample](int64_t p) { return args.dlogit(sample, p); });
-  const auto stat = [&](int map) {
-    return make_window<staged, A>(
-        args.tiling, tile, args.kernel, args.height, args.width,
-        [&args, sample, map](int64_t p) { return channel_stat<A>(args, sample, map, p); });
-  };
-  auto mean = stat(0);
-  auto highest = stat(1);
-  Weights<staged, S> weights(args.conv_weight, args.kernel);
-  A* memory = weights.stage(dlogits.stage(shared_memory<A>()));
-  if (args.conv_grads != nullptr) highest.stage(mean.stage(memory));
+// The tile's part of the bias' gradient, by the first warp.
+template <class S, class A>
+__device__ void sum_dlogits(const MapGrads<S>& args, int64_t sample, const Tile& tile, A* to) {
+  if (threadIdx.x >= kWarp) return;
+  A sum = 0;
+  each_pixel(tile, static_cast<int>(threadIdx.x), kWarp, [&](int row, int column) {
+    sum += args.dlogit(sample, (tile.first_row + row) * args.width + tile.first_column + column);
+  });
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) store(to, sum);
+}
+
+// What backward's later launches need of one pixel; ds0 and ds1 are the gradients of its mean and
+// maximum over channels.
+template <class S, class A>
+__device__ void keep_pixel_grad(const MapGrads<S>& args, int64_t sample, int64_t pixel, A ds0,
+                                A ds1) {
+  const int64_t at = sample * args.height * args.width + pixel;
+  const A through_mean = ds0 * args.inverse_channels;
+  const PixelGrad<A> grad{load(args.sa + at), through_mean, through_mean + ds1,
+                          args.channel_argmax(sample, pixel)};
+  store_struct(args.pixel_grads + at, grad);
+}
+
+template <class S, class A>
+__device__ void map_grads_of_tile(const MapGrads<S>& args, int64_t sample, const Tile& tile,
+                                  A* conv_grads) {
+  const int kernel = args.kernel, taps = kernel * kernel;
+  A* memory = shared_memory<A>(kPlaceBytes);
+  const Window<A> dlogits = stage_map(args.tiling, tile, kernel, args.height, args.width, memory,
+                                      [&](int64_t pixel) { return args.dlogit(sample, pixel); });
+  const A* const weights = stage_weights<S>(args.conv_weight, kernel, memory);
+  Window<A> stats[2] = {};
+  if (conv_grads != nullptr) {
+#pragma unroll
+    for (int map = 0; map < 2; ++map) {
+      stats[map] =
+          stage_map(args.tiling, tile, kernel, args.height, args.width, memory,
+                    [&](int64_t pixel) { return channel_stat<A>(args, sample, map, pixel); });
+    }
+  }
   __syncthreads();
 
-  const int64_t first_pixel =
-      (sample * args.height + tile.first_row) * args.width + tile.first_column;
   if (args.pixel_grads != nullptr) {
     each_run(tile, static_cast<int>(threadIdx.x), kThreads, [&](int row, int column) {
-      A of_mean[kRun] = {}, of_maximum[kRun] = {};
-      correlate<true>(weights, 0, dlogits, row, column, of_mean);
-      correlate<true>(weights, 1, dlogits, row, column, of_maximum);
+      A ds0[kRun] = {}, ds1[kRun] = {};
+      correlate<true>(kernel, weights, dlogits, row, column, ds0);
+      correlate<true>(kernel, weights + taps, dlogits, row, column, ds1);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
         if (row + i >= tile.rows) break;
-        const int64_t pixel = first_pixel + (row + i) * args.width + column;
-        const int64_t in_sample = pixel - sample * args.height * args.width;
-        const PixelGrad<A> grad{load(args.sa + pixel), of_mean[i] / static_cast<A>(args.channels),
-                                of_maximum[i], args.channel_argmax(sample, in_sample)};
-        store_struct(args.pixel_grads + pixel, grad);
+        const int64_t pixel = (tile.first_row + row + i) * args.width + tile.first_column + column;
+        keep_pixel_grad(args, sample, pixel, ds0[i], ds1[i]);
       }
     });
   }
-  if (args.conv_grads == nullptr) return;
+  if (conv_grads == nullptr) return;
+  sum_dlogits(args, sample, tile, conv_grads + 2 * taps);
 
-  const int kernel = args.kernel, taps = kernel * kernel;
-  A* const grads = args.conv_grads + (sample * args.tiling.tiles + tile_index) * (2 * taps + 1);
-  // Units of work for a warp: kRun rows of weights in one column of one map, and the bias.
+  // Units of work for a warp: kRun rows of weights in one column of one map.
   const int rows = (kernel + kRun - 1) / kRun, units = 2 * kernel * rows;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  for (int unit = static_cast<int>(threadIdx.x / kWarp); unit <= units; unit += kThreads / kWarp) {
-    if (unit == units) {
-      A sum = 0;
-      each_run(tile, lane, kWarp, [&](int row, int column) {
-        for (int i = 0; i < kRun && row + i < tile.rows; ++i) {
-          sum += dlogits.at(row + i + kernel / 2, column + kernel / 2);
-        }
-      });
-      sum = warp_sum(sum);
-      if (lane == 0) store(grads + 2 * taps, sum);
-      continue;
-    }
+  for (int unit = static_cast<int>(threadIdx.x / kWarp); unit < units; unit += kThreads / kWarp) {
     const int map = unit / (kernel * rows), dx = unit / rows % kernel, dy = unit % rows * kRun;
-    const A sum = map == 0 ? weight_grads<A>(tile, kernel, dy, dx, dlogits, mean)
-                           : weight_grads<A>(tile, kernel, dy, dx, dlogits, highest);
+    const Window<A> stat = {map == 0 ? stats[0].values : stats[1].values, stats[0].stride};
+    const A sum = weight_grads(tile, kernel, dy, dx, dlogits, stat);
     constexpr int kShare = kWarp / kRun;  // lanes that hold the same sum
     const int tap = dy + lane / kShare;
-    if (lane % kShare == 0 && tap < kernel) store(grads + (map * kernel + tap) * kernel + dx, sum);
+    if (lane % kShare == 0 && tap < kernel) {
+      store(conv_grads + (map * kernel + tap) * kernel + dx, sum);
+    }
   }
 }
 
+template <class S, class A>
+__device__ void map_grads_of_tile_from_memory(const MapGrads<S>& args, int64_t sample,
+                                              const Tile& tile, A* conv_grads) {
+  const int kernel = args.kernel;
+  if (args.pixel_grads != nullptr) {
+    each_pixel(tile, static_cast<int>(threadIdx.x), kThreads, [&](int row, int column) {
+      const int64_t y = tile.first_row + row, x = tile.first_column + column;
+      const auto transposed = [&](int map) {
+        return correlate_from_memory<true, S>(
+            args.conv_weight, map, kernel, args.height, args.width, y, x,
+            [&](int64_t pixel) { return args.dlogit(sample, pixel); });
+      };
+      keep_pixel_grad(args, sample, y * args.width + x, transposed(0), transposed(1));
+    });
+  }
+  if (conv_grads == nullptr) return;
+  sum_dlogits(args, sample, tile, conv_grads + 2 * kernel * kernel);
+  const int taps = kernel * kernel, lane = static_cast<int>(threadIdx.x % kWarp);
+  for (int unit = static_cast<int>(threadIdx.x / kWarp); unit < 2 * taps;
+       unit += kThreads / kWarp) {
+    const int map = unit / taps, tap = unit % taps;
+    const int dy = tap / kernel - kernel / 2, dx = tap % kernel - kernel / 2;
+    A sum = 0;
+    each_pixel(tile, lane, kWarp, [&](int row, int column) {
+      const int64_t y = tile.first_row + row, x = tile.first_column + column;
+      const bool in_map = y + dy >= 0 && y + dy < args.height && x + dx >= 0 && x + dx < args.width;
+      const A stat =
+          in_map ? channel_stat<A>(args, sample, map, (y + dy) * args.width + x + dx) : A{0};
+      sum += args.dlogit(sample, y * args.width + x) * stat;
+    });
+    sum = warp_sum(sum);
+    if (lane == 0) store(conv_grads + unit, sum);
+  }
+}
+
+// Of this kernel fewer blocks fit on a multiprocessor than of the sweeps: it needs the registers
+// more than the threads.
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>> / 2)
     map_grads_kernel(const __grid_constant__ MapGrads<S> args) {
+  using A = Acc<S>;
   wait_for_previous_launches();
-  const int64_t sample = blockIdx.x / args.tiling.tiles;
-  const int64_t tile = blockIdx.x - sample * args.tiling.tiles;
+  MapPlace& at = *shared_memory<MapPlace>();
+  if (threadIdx.x == 0) {
+    at.sample = blockIdx.x / args.tiling.tiles;
+    at.index = blockIdx.x - at.sample * args.tiling.tiles;
+    at.tile = tile_at(args.tiling, args.height, args.width, at.index);
+  }
+  __syncthreads();
   if (args.tiling.staged) {
-    map_grads_of_tile<true>(args, sample, tile);
+    map_grads_of_tile(args, at.sample, at.tile, args.conv_grads_of(at));
   } else {
-    map_grads_of_tile<false>(args, sample, tile);
+    map_grads_of_tile_from_memory(args, at.sample, at.tile, args.conv_grads_of(at));
   }
 }
 

@@ -24,6 +24,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 struct Cuda {
+  static constexpr int64_t kAlignment = 16;
   struct Scope {
     explicit Scope(const Tensor& input) : guard(input.get_device_index()) {}
     torch::stable::accelerator::DeviceGuard guard;

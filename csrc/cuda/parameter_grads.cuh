@@ -1,140 +1,147 @@
 // Backward, the last launch: gradients of the parameters, summed over all samples of the batch.
 //
 //   reads   what the samples left: vectors of C and R, and k x k weights of each tile
-//   launch  a block for each kThreads / kWarp neighbouring elements of one parameter; its lanes
-//           take the elements, its warps the samples in turn, and the warps' sums meet in order
+//   launch  a block for kWarp neighbouring elements of a parameter of the MLP, or for one of the
+//           convolution; the threads of an element take its terms in turn, and meet in shared
+//           memory in a fixed order
 #pragma once
 
 #include "reduce.cuh"
 
 namespace cbam::cuda {
 
+// The parameters in the order of their blocks.
+enum class Kind { kFc1Weight, kFc2Weight, kFc1Bias, kFc2Bias, kConvWeight, kConvBias };
+constexpr int kKinds = 6;
+
 template <class S>
 struct ParameterGrads {
   using A = Acc<S>;
-  int64_t samples, channels, hidden, taps;  // taps: 2 k k
-  int64_t tiles;                            // of a sample
-  const A* pooled;                          // [N, 2, C] average, maximum
-  const A* hidden_units;                    // [N, 2, R]
-  const A* dz;                              // [N, C] gradient of the channel gate's logits
-  const A* dunits;                          // [N, 2, R] gradient of W1 pooled + b1
-  const A* conv_grads;                      // [N, tiles, taps + 1]
+  int64_t samples, channels, hidden;
+  int64_t kernel, taps;   // k, 2 k k
+  int64_t tiles;          // of a sample
+  const A* pooled;        // [N, 2, C] average, maximum
+  const A* hidden_units;  // [N, 2, R]
+  const A* dz;            // [N, C] gradient of the channel gate's logits
+  const A* dunits;        // [N, 2, R] gradient of W1 pooled + b1
+  const A* conv_grads;    // [N, tiles, taps + 1]
   Parameters grads;
-  int kernel;
+  int64_t blocks[kKinds];
 
-  // The parameters in the order of their blocks.
-  enum Kind { kFc1Weight, kFc2Weight, kFc1Bias, kFc2Bias, kConvWeight, kConvBias, kKinds };
-
-  __host__ __device__ const ParameterView& view(int kind) const {
+  __device__ int64_t elements(Kind kind) const {
     switch (kind) {
-      case kFc1Weight:
-        return grads.fc1_weight;
-      case kFc2Weight:
-        return grads.fc2_weight;
-      case kFc1Bias:
-        return grads.fc1_bias;
-      case kFc2Bias:
-        return grads.fc2_bias;
-      case kConvWeight:
-        return grads.conv_weight;
-      default:
-        return grads.conv_bias;
-    }
-  }
-  __host__ __device__ int64_t elements(int kind) const {
-    switch (kind) {
-      case kFc1Weight:
-      case kFc2Weight:
+      case Kind::kFc1Weight:
+      case Kind::kFc2Weight:
         return channels * hidden;
-      case kFc1Bias:
+      case Kind::kFc1Bias:
         return hidden;
-      case kFc2Bias:
+      case Kind::kFc2Bias:
         return channels;
-      case kConvWeight:
+      case Kind::kConvWeight:
         return taps;
       default:
         return 1;
     }
   }
-  __host__ __device__ int64_t blocks(int kind) const {
-    return view(kind).data == nullptr ? 0 : (elements(kind) + kWarp - 1) / kWarp;
-  }
 
-  // Terms of the sum for one element.
-  __device__ int64_t terms(int kind) const {
-    return kind == kConvWeight || kind == kConvBias ? samples * tiles : samples;
-  }
-  // Weights count their elements as [R, C], whichever way the parameter has them.
-  __device__ A term(int kind, int64_t element, int64_t n) const {
-    const int64_t r = element / channels, c = element - r * channels;
+  // One term of the sum for an element. Weights count their elements as [R, C], whichever way the
+  // parameter has them.
+  template <Kind kind>
+  __device__ A term(int64_t element, int64_t r, int64_t c, int64_t n) const {
     const A* const sample_pooled = pooled + n * 2 * channels;
     const A* const sample_units = hidden_units + n * 2 * hidden;
     const A* const sample_dunits = dunits + n * 2 * hidden;
-    switch (kind) {
-      case kFc1Weight:
-        return load(sample_dunits + r) * load(sample_pooled + c) +
-               load(sample_dunits + hidden + r) * load(sample_pooled + channels + c);
-      case kFc2Weight:
-        return load(dz + n * channels + c) *
-               (load(sample_units + r) + load(sample_units + hidden + r));
-      case kFc1Bias:
-        return load(sample_dunits + element) + load(sample_dunits + hidden + element);
-      case kFc2Bias:
-        return 2 * load(dz + n * channels + element);  // the MLP ran twice
-      case kConvWeight:
-        return load(conv_grads + n * (taps + 1) + element);
-      default:
-        return load(conv_grads + n * (taps + 1) + taps);
+    if constexpr (kind == Kind::kFc1Weight) {
+      return load(sample_dunits + r) * load(sample_pooled + c) +
+             load(sample_dunits + hidden + r) * load(sample_pooled + channels + c);
+    } else if constexpr (kind == Kind::kFc2Weight) {
+      return load(dz + n * channels + c) *
+             (load(sample_units + r) + load(sample_units + hidden + r));
+    } else if constexpr (kind == Kind::kFc1Bias) {
+      return load(sample_dunits + element) + load(sample_dunits + hidden + element);
+    } else if constexpr (kind == Kind::kFc2Bias) {
+      return 2 * load(dz + n * channels + element);  // the MLP ran twice
+    } else {
+      // The bias of the convolution lies behind its weights; n counts tiles.
+      return load(conv_grads + n * (taps + 1) + (kind == Kind::kConvBias ? taps : element));
     }
   }
-  __device__ void write(int kind, int64_t element, A value) const {
-    const int64_t row = element / channels, column = element - row * channels;
-    const int64_t area = int64_t{kernel} * kernel;
-    switch (kind) {
-      case kFc1Weight:
-        return store_parameter<S>(grads.fc1_weight, 0, row, column, value);
-      case kFc2Weight:
-        return store_parameter<S>(grads.fc2_weight, 0, column, row, value);
-      case kConvWeight:
-        return store_parameter<S>(grads.conv_weight, element / area, element % area / kernel,
-                                  element % kernel, value);
-      default:
-        return store_parameter<S>(view(kind), 0, 0, element, value);
+
+  template <Kind kind>
+  __device__ void write(int64_t element, int64_t r, int64_t c, A value) const {
+    if constexpr (kind == Kind::kFc1Weight) {
+      store_parameter<S>(grads.fc1_weight, 0, r, c, value);
+    } else if constexpr (kind == Kind::kFc2Weight) {
+      store_parameter<S>(grads.fc2_weight, 0, c, r, value);
+    } else if constexpr (kind == Kind::kFc1Bias) {
+      store_parameter<S>(grads.fc1_bias, 0, 0, element, value);
+    } else if constexpr (kind == Kind::kFc2Bias) {
+      store_parameter<S>(grads.fc2_bias, 0, 0, element, value);
+    } else if constexpr (kind == Kind::kConvWeight) {
+      const int64_t area = kernel * kernel, tap = element % area;
+      store_parameter<S>(grads.conv_weight, element / area, tap / kernel, tap % kernel, value);
+    } else {
+      store_parameter<S>(grads.conv_bias, 0, 0, 0, value);
     }
   }
 };
 
-template <class S>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
-    parameter_grads_kernel(const __grid_constant__ ParameterGrads<S> args) {
+// The elements of one block, all of one kind.
+template <Kind kind, class S>
+__device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
   using A = Acc<S>;
-  wait_for_previous_launches();
-  int64_t block = blockIdx.x;
-  int kind = 0;
-  while (block >= args.blocks(kind)) block -= args.blocks(kind++);
-
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const int warp = static_cast<int>(threadIdx.x / kWarp);
-  const int64_t element = block * kWarp + lane;
+  constexpr bool kOfConv = kind == Kind::kConvWeight || kind == Kind::kConvBias;
+  constexpr int kWidth = kOfConv ? 1 : kWarp;  // elements side by side
+  constexpr int kParts = kThreads / kWidth, kBatch = 4;
+  const int thread = static_cast<int>(threadIdx.x), part = thread / kWidth;
+  const int64_t element = block * kWidth + thread % kWidth;
   const bool active = element < args.elements(kind);
+  const int64_t r = element / args.channels, c = element - r * args.channels;
   A sum = 0;
   if (active) {
-    constexpr int kWarps = kThreads / kWarp, kBlock = 32;  // blocks bound the rounding error
-    const int64_t terms = args.terms(kind);
-    for (int64_t begin = warp; begin < terms; begin += kWarps * kBlock) {
-      const int64_t end = smaller(terms, begin + kWarps * kBlock);
-      A of_block = 0;
+    const int64_t terms = kOfConv ? args.samples * args.tiles : args.samples;
 #pragma unroll 1
-      for (int64_t n = begin; n < end; n += kWarps) of_block += args.term(kind, element, n);
-      sum += of_block;
+    for (int64_t begin = part; begin < terms; begin += kBatch * kParts) {
+      A values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t n = begin + i * kParts;
+        values[i] = n < terms ? args.template term<kind>(element, r, c, n) : A{0};
+      }
+      // Adding the batch first bounds the rounding error of long sums.
+      sum += (values[0] + values[1]) + (values[2] + values[3]);
     }
   }
   A* const sums = shared_memory<A>();
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp == 0 && active) {
-    for (int i = 1; i < kThreads / kWarp; ++i) sum += sums[i * kWarp + lane];
-    args.write(kind, element, sum);
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (part >= half && part < 2 * half) sums[thread - half * kWidth] = sum;
+    __syncthreads();
+    if (part < half) sum += sums[thread];
+  }
+  if (part == 0 && active) args.template write<kind>(element, r, c, sum);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+    parameter_grads_kernel(const __grid_constant__ ParameterGrads<S> args) {
+  wait_for_previous_launches();
+  int64_t block = blockIdx.x;
+  int kind = 0;
+  while (block >= args.blocks[kind]) block -= args.blocks[kind++];
+  switch (static_cast<Kind>(kind)) {
+    case Kind::kFc1Weight:
+      return sum_elements<Kind::kFc1Weight>(args, block);
+    case Kind::kFc2Weight:
+      return sum_elements<Kind::kFc2Weight>(args, block);
+    case Kind::kFc1Bias:
+      return sum_elements<Kind::kFc1Bias>(args, block);
+    case Kind::kFc2Bias:
+      return sum_elements<Kind::kFc2Bias>(args, block);
+    case Kind::kConvWeight:
+      return sum_elements<Kind::kConvWeight>(args, block);
+    default:
+      return sum_elements<Kind::kConvBias>(args, block);
   }
 }
 

@@ -8,13 +8,14 @@ namespace {
 
 constexpr int64_t kKiB = 1024, kMiB = 1024 * kKiB;
 
+constexpr int64_t kLine = 128;              // bytes that memory gives at once
 constexpr int64_t kFill = 512;              // blocks that keep a big GPU busy
 constexpr int64_t kTogether = 16 * kMiB;    // samples of this size are launched together at least
 constexpr int64_t kBlockBytes = 32 * kKiB;  // work that repays the beginning and end of a block
 constexpr int64_t kMaxRowSpan = 1024;       // rows whose totals a block keeps in shared memory
 constexpr int64_t kMaxPartials = 512;       // per channel, for the last block to add up
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid
-constexpr int64_t kMinTile = 256, kMaxTile = 1024;  // pixels of a tile, within reason
+constexpr int64_t kMinTile = 128, kMaxTile = 1024;  // pixels of a tile, within reason
 
 int64_t element_size(DType dtype) {
   switch (dtype) {
@@ -44,10 +45,10 @@ int64_t samples_together(const Problem& p) {
   return std::clamp<int64_t>(kTogether / sample_bytes(p), 1, std::max<int64_t>(p.n, 1));
 }
 
-int choose_vector(const Problem& p, bool aligned) {
+int choose_vector(const Problem& p) {
   const int64_t wide = 16 / element_size(p.dtype);
   const int64_t contiguous = p.layout == Layout::kNCHW ? p.pixels() : p.c;
-  return aligned && contiguous % wide == 0 ? static_cast<int>(wide) : 1;
+  return contiguous % wide == 0 ? static_cast<int>(wide) : 1;
 }
 
 // Spans of pixels are cheap to add: a few partial results per channel. Spans of channels cost maps
@@ -58,7 +59,17 @@ Sweep cut_sweep(const Problem& p, int vector) {
   Sweep s{};
   s.lanes = static_cast<int>(
       std::clamp<int64_t>(power_of_two_from(divide_up(columns, vector)), kMinLanes, kWarp));
-  const int64_t groups = kThreads / s.lanes;
+  if (nchw) {
+    // Narrower tiles rather than spans of channels, down to what memory gives at once.
+    const int64_t narrowest = vector == 1 ? kWarp : kLine / (vector * element_size(p.dtype));
+    const auto too_few = [&](int64_t lanes) {
+      return samples_together(p) * divide_up(columns, lanes * vector) < kFill;
+    };
+    while (s.lanes > narrowest && too_few(s.lanes) && 2 * kThreads / s.lanes <= rows) s.lanes /= 2;
+  }
+  s.groups = kThreads / s.lanes;
+  s.row_step = s.groups * columns;
+  const int64_t groups = s.groups;
   const int64_t tile = static_cast<int64_t>(s.lanes) * vector;
   const int64_t tiles = divide_up(columns, tile);
   const int64_t row_bytes = tile * element_size(p.dtype);
@@ -90,8 +101,8 @@ Sweep cut_sweep(const Problem& p, int vector) {
 // possible.
 Tiling cut_tiles(const Problem& p, int pixel_vector) {
   constexpr int64_t kWide = 64;  // columns that make a tile wide enough for its halo
-  const int64_t pixels =
-      std::clamp(2 * kBlockBytes / (p.c * element_size(p.dtype)), kMinTile, kMaxTile);
+  int64_t pixels = std::clamp(2 * kBlockBytes / (p.c * element_size(p.dtype)), kMinTile, kMaxTile);
+  if (samples_together(p) * divide_up(p.pixels(), pixels) < kFill) pixels = kMinTile;
   const int64_t multiple = pixel_vector / std::gcd<int64_t, int64_t>(pixel_vector, p.w);
   Tiling t{};
   int64_t columns, rows, row_multiple;
@@ -122,12 +133,13 @@ Gate cut_gate(const Problem& p, int vector, const Tiling& tiling) {
   g.vector = vector;
   const int64_t wanted =
       std::max<int64_t>(1, kFill / (samples_together(p) * std::max<int64_t>(tiling.tiles, 1)));
-  constexpr int64_t kMinSpan = 32;  // channels that repay computing the gates once more
+  constexpr int64_t kMinSpan = 16;  // channels that repay computing the gates once more
   g.channel_span = std::min(round_up(std::max(divide_up(p.c, wanted), kMinSpan), kMinSpan), p.c);
   g.channel_spans = divide_up(p.c, g.channel_span);
   const int64_t row = nchw ? int64_t{tiling.rows} * tiling.columns : g.channel_span;
   g.lanes =
       static_cast<int>(std::min<int64_t>(power_of_two_from(divide_up(row, vector)), kThreads));
+  g.groups = kThreads / g.lanes;
   return g;
 }
 
@@ -146,12 +158,12 @@ int64_t count_chunk(const Problem& p, Pass pass, const Plan& plan, const Device&
 int64_t staged_bytes(const Tiling& tiling, const Problem& p, int maps, int64_t values) {
   const int64_t border = p.kernel - 1;
   const int64_t map = (round_up(tiling.rows, kRun) + border) * (tiling.columns + border);
-  return (2 * p.kernel * p.kernel + maps * map + values) * accumulator_size(p.dtype);
+  return kPlaceBytes + (2 * p.kernel * p.kernel + maps * map + values) * accumulator_size(p.dtype);
 }
 
-Plan make_plan(const Problem& p, Pass pass, bool aligned, const Device& device) {
+Plan make_plan(const Problem& p, Pass pass, const Device& device) {
   Plan plan{};
-  plan.vector = choose_vector(p, aligned);
+  plan.vector = choose_vector(p);
   plan.sweep = cut_sweep(p, plan.vector);
   int gate_vector = plan.vector;
   plan.tiling = cut_tiles(p, p.layout == Layout::kNCHW ? gate_vector : 1);

@@ -13,9 +13,10 @@
 namespace cbam::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of every block
-constexpr int kMinLanes = 4;   // that share a row of a sweep: it has up to 4 in flight
-constexpr int kRun = 4;        // pixels of a column that a thread convolves together
+constexpr int kThreads = 256;        // of every block
+constexpr int kMinLanes = 4;         // that share a row of a sweep: it has up to 4 in flight
+constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps what is its part
+constexpr int kRun = 4;              // pixels of a column that a thread convolves together
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -23,6 +24,8 @@ constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1)
 // contiguous tensors, pixels by channels in channels_last.
 struct Sweep {
   int lanes;                        // threads that share a row of a tile: a power of two, 4 to 32
+  int groups;                       // of lanes in a block; each has a row of its own
+  int64_t row_step;                 // elements from a row of a group to its next
   int64_t row_span, column_span;    // rows and columns of a block
   int64_t row_spans, column_spans;  // of a sample
   int64_t blocks;                   // of a sample: their product
@@ -42,6 +45,7 @@ struct Tiling {
 struct Gate {
   int vector;             // as Plan::vector, unless tiles cannot be cut at multiples of it
   int lanes;              // threads that share a row: a power of two
+  int groups;             // of lanes in a block; each has a row of its own
   int64_t channel_span;   // channels of a block
   int64_t channel_spans;  // of a sample
 };
@@ -56,8 +60,8 @@ struct Plan {
 
 enum class Pass { kForward, kBackward };
 
-// `aligned`: whether all pointers to feature maps and gates are multiples of 16 bytes.
-Plan make_plan(const Problem& problem, Pass pass, bool aligned, const Device& device);
+// All feature maps and gates begin at multiples of 16 bytes.
+Plan make_plan(const Problem& problem, Pass pass, const Device& device);
 
 // Bytes of shared memory for a convolution that stages `maps` maps and keeps `values` more values.
 int64_t staged_bytes(const Tiling& tiling, const Problem& problem, int maps, int64_t values);

@@ -35,11 +35,12 @@ __device__ T* shared_memory(int64_t offset_bytes = 0) {
 
 // Every kernel begins with this. With programmatic dependent launch its blocks may be scheduled
 // while the launch before still runs; here they wait until that has finished and its writes are
-// seen. Since every kernel waits, so have all launches before it.
+// seen. Since every kernel waits, so have all launches before it. Only then may the next launch
+// come as far: never are more than two at work or waiting.
 inline __device__ void wait_for_previous_launches() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // lets the next launch come as far as this line
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
@@ -57,9 +58,11 @@ __device__ T shuffle_xor(T value, int offset) {
 // blocks wrote before is visible to the last one (through __ldcg). Every thread of a block gets
 // the same answer; `flag` is shared memory.
 inline __device__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1 : 0;
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier it stands for what all threads wrote
+    *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1 : 0;
+  }
   __syncthreads();
   const bool last = *flag != 0;
   if (last) __threadfence();

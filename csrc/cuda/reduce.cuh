@@ -13,6 +13,7 @@
 namespace cbam::cuda {
 
 constexpr int kNoIndex = 2147483647;  // loses every tie
+constexpr long long kNoIndex64 = 9223372036854775807;
 
 template <class A>
 __device__ A lowest() {
@@ -32,29 +33,30 @@ inline __device__ float maximum(float a, float b) {
 inline __device__ double maximum(double a, double b) { return a > b || a != a ? a : b; }
 
 // A maximum and where it is. Ties, and NaNs among themselves, go to the lowest index.
-template <class A>
+template <class A, class Index = int>
 struct Argmax {
   A value;
-  int index;
+  Index index;
 
   // `first` is the first index that will be taken: a row of minus infinities has its maximum
   // there.
-  static __device__ Argmax from(int first) { return {lowest<A>(), first}; }
+  static __device__ Argmax from(Index first) { return {lowest<A>(), first}; }
   __device__ void retire() { index = kNoIndex; }
   __device__ void move_index(int by) { index += by; }
 
   // Indices come in rising order, so that equals change nothing, nor does anything after a NaN.
-  __device__ void take(A next, int at) {
+  __device__ void take(A next, Index at) {
     if (!(next <= value) && value == value) {
       value = next;
       index = at;
     }
   }
   __device__ void combine(const Argmax& other) {
-    const bool undefined = value != value, other_undefined = other.value != other.value;
-    const bool equal = value == other.value || (undefined && other_undefined);
-    const bool better = other.value > value || (other_undefined && !undefined);
-    if (better || (equal && other.index < index)) *this = other;
+    bool better = other.value > value || (other.value == value && other.index < index);
+    if (value != value || other.value != other.value) {
+      better = other.value != other.value && (value == value || other.index < index);
+    }
+    if (better) *this = other;
   }
   __device__ Argmax shuffle(int offset) const {
     return {shuffle_xor(value, offset), shuffle_xor(index, offset)};
@@ -86,7 +88,10 @@ __device__ Accumulator reduce_rows(Accumulator (&rows)[U], int lanes) {
       rows[i] = kept;
     }
   }
-  for (; offset > 0; offset /= 2) rows[0].combine(rows[0].shuffle(offset));
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    if (step <= offset) rows[0].combine(rows[0].shuffle(step));
+  }
   return rows[0];
 }
 

@@ -67,11 +67,12 @@ __device__ To bit_cast(From from) {
   return to;
 }
 
-// Data that no block of the running launch writes.
-template <Use use = Use::kAgain, class T>
+// Small maps, vectors and parameters, which no block of the running launch writes. (Not by the
+// read-only path: that wants data which also the launch before does not write, and with dependent
+// launches the two overlap.)
+template <class T>
 __device__ T load(const T* from) {
-  const auto* raw = reinterpret_cast<const Raw<T>*>(from);
-  return bit_cast<T>(use == Use::kAgain ? __ldg(raw) : __ldcs(raw));
+  return bit_cast<T>(__ldca(reinterpret_cast<const Raw<T>*>(from)));
 }
 
 // Data that other threads of the running launch wrote.
@@ -92,7 +93,7 @@ __device__ void store(T* to, T value) {
 
 // ----------------------------------------------------------------------------- W elements
 
-// W elements of storage as they come from memory: what is in flight takes few registers.
+// W elements of a feature map as they come from memory: what is in flight takes few registers.
 template <class S, int W>
 struct Packed {
   uint4 bits;
@@ -104,12 +105,9 @@ struct Packed<S, 1> {
 
 template <class S, int W, Use use>
 __device__ Packed<S, W> load_packed(const S* from) {
-  if constexpr (W == 1) {
-    return {load<use>(from)};
-  } else {
-    const auto* wide = reinterpret_cast<const uint4*>(from);
-    return {use == Use::kAgain ? __ldg(wide) : __ldcs(wide)};
-  }
+  using Access = std::conditional_t<W == 1, Raw<S>, uint4>;
+  const auto* raw = reinterpret_cast<const Access*>(from);
+  return bit_cast<Packed<S, W>>(use == Use::kAgain ? __ldg(raw) : __ldcs(raw));
 }
 
 // Two elements of 16 bits.
@@ -167,7 +165,7 @@ __device__ void load_values(const T* from, T (&to)[W]) {
     const auto* wide = reinterpret_cast<const uint4*>(from);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(W * sizeof(T) / 16); ++i) {
-      const uint4 bits = __ldg(wide + i);
+      const uint4 bits = __ldca(wide + i);
       memcpy(to + i * (16 / sizeof(T)), &bits, sizeof(bits));
     }
   }
@@ -180,7 +178,7 @@ __device__ T load_struct(const T* from) {
   T to;
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 16); ++i) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    const uint4 bits = __ldca(reinterpret_cast<const uint4*>(from) + i);
     memcpy(reinterpret_cast<char*>(&to) + 16 * i, &bits, sizeof(bits));
   }
   return to;

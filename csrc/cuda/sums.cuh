@@ -43,6 +43,7 @@ struct Body {
   static constexpr Use kUse = Use::kAgain;
   static constexpr bool kWrites = false;
   static constexpr bool kFinishes = false;
+  using Scratch = Nothing;
 
   int64_t channels, pixels;
   int64_t pixel_spans, channel_spans;
@@ -89,6 +90,7 @@ struct Pool : Body<S> {
     }
   };
   static constexpr bool kFinishes = true;
+  using Scratch = Pooled<A>;  // of finish(), for each thread
 
   A* sums;
   A* maxima;
@@ -108,8 +110,7 @@ struct Pool : Body<S> {
     store(maxima + to, total.maximum.value);
   }
   __device__ void finish(const Place& at) const {
-    const int64_t partials = int64_t{at.sample} * this->pixel_spans * this->channels;
-    mlp.run(at.sample, sums + partials, maxima + partials);
+    mlp.run(at.sample, sums, maxima, shared_memory<Scratch>());
   }
 };
 
@@ -220,13 +221,14 @@ struct GateGrads : Body<S> {
   }
   __device__ A visit(A x, A g, int, int channel, const A& spatial, const A& gate, Pixel& of_pixel,
                      Channel& of_channel) const {
-    const A u = gate * x;
-    of_pixel.grad += g * u;
+    const A product = g * x;
+    of_pixel.grad += gate * product;
+    of_channel.dot += spatial * product;
     if constexpr (kStats) {
+      const A u = gate * x;
       of_pixel.stats.sum += u;
       of_pixel.stats.maximum.take(u, channel);
     }
-    of_channel.dot += g * spatial * x;
     return x;
   }
   __device__ void store_pixel(const Place& at, int pixel, const Pixel& total) const {
@@ -263,7 +265,9 @@ struct BackwardPool : Body<S> {
   };
   using PixelFactor = PixelGrad<A>;
   static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+  static constexpr Use kUse = Use::kLast;
   static constexpr bool kFinishes = true;
+  using Scratch = PooledGrads<A>;  // of finish(), for each thread
 
   const PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* sums;
@@ -282,7 +286,7 @@ struct BackwardPool : Body<S> {
                      Nothing&, Channel& of_channel) const {
     of_channel.sum += x;
     of_channel.maximum.take(x, pixel);
-    of_channel.dot += x * (factor.argmax == channel ? factor.ds0 + factor.ds1 : factor.ds0);
+    of_channel.dot += x * factor.grad_at(channel);
     return x;
   }
   __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
@@ -294,8 +298,7 @@ struct BackwardPool : Body<S> {
     store(dots + to, total.dot);
   }
   __device__ void finish(const Place& at) const {
-    const int64_t partials = int64_t{at.sample} * this->pixel_spans * this->channels;
-    mlp.run(at.sample, sums + partials, maxima + partials, argmaxima + partials, dots + partials);
+    mlp.run(at.sample, sums, maxima, argmaxima, dots, shared_memory<Scratch>());
   }
 };
 
@@ -311,7 +314,7 @@ struct InputGrad : Body<S> {
   };
   static constexpr Use kUse = Use::kLast;
   static constexpr bool kWrites = true;
-  static constexpr int kRows = 2;
+  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
 
   S* output;                            // dx
   const A* ca;                          // [chunk, C]
@@ -337,9 +340,7 @@ struct InputGrad : Body<S> {
   }
   __device__ A visit(A g, A, int pixel, int channel, const PixelFactor& p, const ChannelFactor& c,
                      Nothing&, Nothing&) const {
-    A du = g * p.sa + p.ds0;
-    if (p.argmax == channel) du += p.ds1;
-    A dx = c.ca * du + c.daverage;
+    A dx = c.ca * (g * p.sa + p.grad_at(channel)) + c.daverage;
     if (c.argmax == pixel) dx += c.dmaximum;
     return dx;
   }

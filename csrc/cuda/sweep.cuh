@@ -35,14 +35,39 @@ namespace cbam::cuda {
 // Where a block works. What counts blocks, channels, or pixels of a block fits into 32 bits; pixels
 // of a sample and offsets in tensors need 64. A Body's accumulators count channels from the
 // sample's first, and pixels from the block's.
-struct Place {
+struct alignas(16) Place {
   int sample;  // of the chunk
   int64_t first_pixel;
   int first_channel;
   int pixel_span, channel_span;  // index of the block's spans in the sample
   // Of the block's first in maps [chunk, P] and [chunk, C].
   int64_t pixel_origin, channel_origin;
+  int64_t origin;  // of its first element in the feature map
+  int row_count, column_count;
 };
+static_assert(sizeof(Place) <= kPlaceBytes, "what the plan counts with");
+
+// A block's part of the matrix.
+struct Cut {
+  int sample, row_span, column_span;
+  int64_t first_row, first_column;
+  int row_count, column_count;
+};
+
+inline __device__ Cut cut_of(const Sweep& sweep, int block, int64_t rows, int64_t columns) {
+  const int blocks = static_cast<int>(sweep.blocks);
+  const int column_spans = static_cast<int>(sweep.column_spans);
+  Cut cut;
+  cut.sample = block / blocks;
+  const int in_sample = block - cut.sample * blocks;
+  cut.row_span = in_sample / column_spans;
+  cut.column_span = in_sample - cut.row_span * column_spans;
+  cut.first_row = cut.row_span * sweep.row_span;
+  cut.first_column = cut.column_span * sweep.column_span;
+  cut.row_count = static_cast<int>(smaller(sweep.row_span, rows - cut.first_row));
+  cut.column_count = static_cast<int>(smaller(sweep.column_span, columns - cut.first_column));
+  return cut;
+}
 
 // The factors that are plain numbers have no index.
 template <class T>
@@ -59,12 +84,21 @@ struct Axes<Body, Layout::kNCHW> {
   using Column = typename Body::Pixel;
   using RowFactor = typename Body::ChannelFactor;
   using ColumnFactor = typename Body::PixelFactor;
-  static __device__ int64_t rows(const Body& body) { return body.channels; }
   static __device__ int64_t columns(const Body& body) { return body.pixels; }
-  static __device__ Place place(int sample, int64_t row, int64_t column, int row_span,
-                                int column_span, int64_t row_origin, int64_t column_origin) {
-    return {sample,        column,    static_cast<int>(row), column_span, row_span,
-            column_origin, row_origin};
+  static __device__ Place place(const Body& body, const Sweep& sweep, int block) {
+    const Cut cut = cut_of(sweep, block, body.channels, body.pixels);
+    Place at;
+    at.sample = cut.sample;
+    at.first_channel = static_cast<int>(cut.first_row);
+    at.first_pixel = cut.first_column;
+    at.channel_span = cut.row_span;
+    at.pixel_span = cut.column_span;
+    at.channel_origin = cut.sample * body.channels + cut.first_row;
+    at.pixel_origin = cut.sample * body.pixels + cut.first_column;
+    at.origin = at.channel_origin * body.pixels + cut.first_column;
+    at.row_count = cut.row_count;
+    at.column_count = cut.column_count;
+    return at;
   }
   // What an index along the columns of the block counts from.
   static __device__ int first_column(const Place&) { return 0; }
@@ -104,12 +138,21 @@ struct Axes<Body, Layout::kNHWC> {
   using Column = typename Body::Channel;
   using RowFactor = typename Body::PixelFactor;
   using ColumnFactor = typename Body::ChannelFactor;
-  static __device__ int64_t rows(const Body& body) { return body.pixels; }
   static __device__ int64_t columns(const Body& body) { return body.channels; }
-  static __device__ Place place(int sample, int64_t row, int64_t column, int row_span,
-                                int column_span, int64_t row_origin, int64_t column_origin) {
-    return {sample,     row,          static_cast<int>(column), row_span, column_span,
-            row_origin, column_origin};
+  static __device__ Place place(const Body& body, const Sweep& sweep, int block) {
+    const Cut cut = cut_of(sweep, block, body.pixels, body.channels);
+    Place at;
+    at.sample = cut.sample;
+    at.first_pixel = cut.first_row;
+    at.first_channel = static_cast<int>(cut.first_column);
+    at.pixel_span = cut.row_span;
+    at.channel_span = cut.column_span;
+    at.pixel_origin = cut.sample * body.pixels + cut.first_row;
+    at.channel_origin = cut.sample * body.channels + cut.first_column;
+    at.origin = at.pixel_origin * body.channels + cut.first_column;
+    at.row_count = cut.row_count;
+    at.column_count = cut.column_count;
+    return at;
   }
   static __device__ int first_column(const Place& at) { return at.first_channel; }
   static __device__ Row start_row(const Body& body) { return body.start_pixel(0); }
@@ -152,9 +195,10 @@ template <class Body, Layout layout, int W>
 int64_t sweep_shared_bytes(const Sweep& sweep) {
   using In = Axes<Body, layout>;
   using Column = typename In::Column;
-  const int64_t scratch = kThreads / 2 * W * static_cast<int64_t>(sizeof(Column));
-  return 16 + row_total_bytes<typename In::Row>(sweep) +
-         (std::is_same_v<Column, Nothing> ? 0 : scratch);
+  const int64_t place = kPlaceBytes + row_total_bytes<typename In::Row>(sweep);
+  const int64_t columns = std::is_same_v<Column, Nothing> ? 0 : kThreads / 2 * W * sizeof(Column);
+  const int64_t finish = Body::kFinishes ? kThreads * sizeof(typename Body::Scratch) : 0;
+  return place + columns > finish ? place + columns : finish;
 }
 
 template <class Body, Layout layout, int W>
@@ -170,34 +214,24 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
   constexpr int U = Body::kRows;
   wait_for_previous_launches();
 
-  const int64_t rows = In::rows(body), columns = In::columns(body);
-  const int blocks = static_cast<int>(sweep.blocks);
-  const int column_spans = static_cast<int>(sweep.column_spans);
-  const int sample = static_cast<int>(blockIdx.x) / blocks;
-  const int block = static_cast<int>(blockIdx.x) - sample * blocks;
-  const int row_span = block / column_spans, column_span = block - row_span * column_spans;
-  const int64_t first_row = row_span * sweep.row_span;
-  const int64_t first_column = column_span * sweep.column_span;
-  const int row_count = static_cast<int>(smaller(sweep.row_span, rows - first_row));
-  const int column_count = static_cast<int>(smaller(sweep.column_span, columns - first_column));
-  const int64_t row_origin = sample * rows + first_row;
-  const Place at = In::place(sample, first_row, first_column, row_span, column_span, row_origin,
-                             sample * columns + first_column);
-  const int64_t origin = row_origin * columns + first_column;
-
-  const int lanes = sweep.lanes, groups = kThreads / lanes;
+  // Kept in shared memory, where it takes no registers.
+  Place& at = *shared_memory<Place>();
+  if (threadIdx.x == 0) at = In::place(body, sweep, static_cast<int>(blockIdx.x));
+  __syncthreads();
+  const int row_count = at.row_count, column_count = at.column_count;
+  const int lanes = sweep.lanes, groups = sweep.groups;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int group = static_cast<int>(threadIdx.x) / lanes;
 
   // Several lanes hold the total of one row after reduce_rows; the first of them keeps it.
   const int share = lanes / U;
   const bool owns_row = (lane & (share - 1)) == 0;
-  const int owned_row = lane / share * groups + group;
+  const int owned_row = (U == 1 ? 0 : lane / share * groups) + group;
 
   // Row totals over the tiles of the block; a row belongs to one group, so this needs no barrier
   // until they are stored.
-  Row* const row_totals = shared_memory<Row>();
-  Column* const scratch = shared_memory<Column>(row_total_bytes<Row>(sweep));
+  Row* const row_totals = shared_memory<Row>(kPlaceBytes);
+  Column* const scratch = shared_memory<Column>(kPlaceBytes + row_total_bytes<Row>(sweep));
 
   for (int tile = 0; tile < column_count; tile += lanes * W) {
     const int column = tile + lane * W;
@@ -212,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
     }
 
     const int own_column = In::first_column(at) + column;
-    const int64_t step = groups * columns;  // from row to row of a thread
-    int64_t offset = origin + group * columns + column;
+    const int64_t step = sweep.row_step;
+    int64_t offset = at.origin + group * In::columns(body) + column;
     // All threads of a warp make the same number of turns: they meet in shuffles.
 #pragma unroll 1
     for (int base = 0; base < row_count; base += groups * U, offset += U * step) {
@@ -282,10 +316,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
     }
   }
   if constexpr (Body::kFinishes) {
-    __syncthreads();  // the flag takes the place of totals that are done with
-    if (is_last_block(body.counters + sample, static_cast<unsigned>(sweep.blocks),
+    const Place here = at;
+    __syncthreads();  // shared memory is free for the flag, and for finish()
+    if (is_last_block(body.counters + here.sample, static_cast<unsigned>(sweep.blocks),
                       shared_memory<unsigned>())) {
-      body.finish(at);
+      body.finish(here);
     }
   }
 }

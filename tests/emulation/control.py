@@ -28,6 +28,7 @@ class Launch:
     dependent: bool  # carried the attribute of programmatic dependent launch
     memset_bytes: int
     ldg: int
+    ldca: int
     ldcs: int
     ldcg: int
     stwb: int
@@ -40,7 +41,7 @@ class Launch:
 
     @property
     def loaded(self) -> int:
-        return self.ldg + self.ldcs + self.ldcg
+        return self.ldg + self.ldca + self.ldcs + self.ldcg
 
     @property
     def stored(self) -> int:

@@ -11,6 +11,7 @@ namespace cbam {
 namespace {
 
 struct Emulated {
+  static constexpr int64_t kAlignment = 16;
   struct Scope {
     explicit Scope(const Tensor&) {}
   };

@@ -16,7 +16,7 @@ void write(std::ostream& out, const Record& record) {
       << ", \"block\": " << record.block << ", \"shared_bytes\": " << record.shared_bytes
       << ", \"dependent\": " << (record.dependent ? "true" : "false")
       << ", \"memset_bytes\": " << record.memset_bytes;
-  const char* const names[] = {"ldg", "ldcs", "ldcg", "stwb", "stcs"};
+  const char* const names[] = {"ldg", "ldca", "ldcs", "ldcg", "stwb", "stcs"};
   for (unsigned i = 0; i < emulation::kAccessKinds; ++i) {
     out << ", \"" << names[i] << "\": " << counters.bytes[i];
   }

@@ -48,7 +48,7 @@ void warp_barrier(Site site);
 uint64_t exchange(uint64_t value, unsigned source_lane, Site site);
 [[noreturn]] void fault(const char* what);
 
-enum Access : unsigned { kLdg, kLdcs, kLdcg, kStwb, kStcs, kAccessKinds };
+enum Access : unsigned { kLdg, kLdca, kLdcs, kLdcg, kStwb, kStcs, kAccessKinds };
 
 struct Counters {
   uint64_t bytes[kAccessKinds];
@@ -153,6 +153,10 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 template <class T>
 inline T __ldg(const T* address) {
   return emulation::load(address, emulation::kLdg);
+}
+template <class T>
+inline T __ldca(const T* address) {
+  return emulation::load(address, emulation::kLdca);
 }
 template <class T>
 inline T __ldcs(const T* address) {
