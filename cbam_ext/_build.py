@@ -25,9 +25,10 @@ CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wall")
 CUDA_FLAG = "-DUSE_CUDA"
 NVCC_FLAGS = ("-O3", "-Xcompiler=-fvisibility=hidden", CUDA_FLAG)
 
-# One entry per architecture that has its own instruction set; the PTX of the newest serves what
-# comes later.
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# The first of each family: its machine code also runs on the later members (that of 8.0 on 8.6 and
+# 8.9), and the PTX of the newest serves what comes later. Not more of them, since each costs about
+# a minute of one core.
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
 # The names that torch accepts in TORCH_CUDA_ARCH_LIST beside numbers.
 NAMED_ARCHS = {

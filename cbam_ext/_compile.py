@@ -151,10 +151,18 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
             "nvcc": [
                 *_build.NVCC_FLAGS,
                 *_build.gencode_flags(decided.archs),
+                f"--threads={_threads_per_source(decided.archs)}",
                 f'-DCBAM_CUDA_ARCHS="{" ".join(decided.archs)}"',
             ],
         }
     return CppExtension(f"cbam_ext.libcbam_{kind}", _relative(kind, root), **options)
+
+
+def _threads_per_source(archs: tuple[str, ...], env: Mapping[str, str] = os.environ) -> int:
+    """Architectures that nvcc compiles at once: two big sources share the jobs that there are."""
+    jobs = env.get("MAX_JOBS", "")
+    available = int(jobs) if jobs.isdigit() else os.cpu_count() or 1
+    return max(1, min(len(archs), available // 2))
 
 
 def _relative(kind: str, root: Path) -> list[str]:

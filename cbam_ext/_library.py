@@ -123,11 +123,11 @@ def _missing_reason() -> str:
 
 
 def _missing_cuda_reason() -> str:
-    """Why CUDA tensors have no kernel although the library for the CPU is loaded."""
+    """Why the CUDA library is not there, although that for the CPU is loaded."""
     if _status.cuda_error:
         return f"{_status.cuda_error}\nTo mend it, {_rebuild_advice('FORCE_CUDA=1 ')}."
-    if _status.cuda is not None:
-        return f"{_status.cuda} holds no CUDA kernels of this operator in this version."
+    if not torch_has_cuda():
+        return f"cbam_ext has kernels for CUDA; torch {torch.__version__} was built without it."
     folder = _status.cpu.parent if _status.cpu else PACKAGE
     if folder == PACKAGE:
         advice = _rebuild_advice("FORCE_CUDA=1 ")

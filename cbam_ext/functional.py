@@ -34,7 +34,8 @@ def cbam(
 
     Args:
         input: ``[N, C, H, W]``, float64, float32, bfloat16 or float16. Contiguous and channels_last
-            tensors are read in place and keep their layout; any other is copied once.
+            tensors are read in place and keep their layout; any other is copied once, on CUDA also
+            one whose data does not begin at a multiple of 16 bytes.
         fc1_weight: ``[R, C]``, first layer of the MLP.
         fc1_bias: ``[R]`` or None.
         fc2_weight: ``[C, R]``, second layer of the MLP.

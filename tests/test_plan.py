@@ -72,7 +72,6 @@ def plans(pick: Any) -> LaunchPlan:
         pick(st.sampled_from(LAYOUTS)),
         kernel_size=pick(st.sampled_from([1, 3, 5, 7, 7, 11, 31, 101])),
         backward=pick(st.booleans()),
-        aligned=pick(st.sampled_from([True, True, False])),
         gpu=pick(GPUS),
     )
 
@@ -114,9 +113,19 @@ def test_sweeps_cover_each_sample_once(plan: LaunchPlan) -> None:
 @given(plans())
 def test_accesses_are_wide_where_they_can_be(plan: LaunchPlan) -> None:
     wide = 16 // plan.dtype.itemsize
-    possible = plan.aligned and axes(plan)[1] % wide == 0
-    assert plan.vector == (wide if possible else 1)
+    assert plan.vector == (wide if axes(plan)[1] % wide == 0 else 1)
     assert plan.gate_vector in (1, plan.vector)
+
+
+@rules
+@given(plans())
+def test_channels_are_split_last(plan: LaunchPlan) -> None:
+    """Each span of them costs maps of partial results, or gates that are computed once more."""
+    c = plan.shape[1]
+    row_bytes = plan.lanes * plan.vector * plan.dtype.itemsize
+    if not plan.channels_last and plan.channel_spans > 1 and c <= 1024:
+        assert plan.vector == 1 or row_bytes <= 128
+    assert plan.gate_channel_span == c or plan.gate_channel_span % 16 == 0
 
 
 @rules
@@ -196,7 +205,6 @@ def test_the_cut_of_a_sample_does_not_depend_on_the_device(plan: LaunchPlan, gpu
         layout,
         kernel_size=plan.kernel_size,
         backward=plan.backward,
-        aligned=plan.aligned,
         gpu=gpu,
     )
     assert dataclasses.replace(other, gpu=plan.gpu, chunk=plan.chunk, staged=plan.staged) == plan
@@ -295,22 +303,21 @@ def test_errors(arguments: tuple, error: type[Exception], message: str) -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    question = "plan 64x64x56x56 --dtype bfloat16 --channels-last --kernel-size 3 --unaligned"
+    question = "plan 64x63x56x56 --dtype bfloat16 --channels-last --kernel-size 3"
     assert main([*question.split(), "--multiprocessors", "10", "--l2-mib", "4"]) == 0
     forward, backward = capsys.readouterr().out.split("\n\n")
     gpu = Gpu(10, 4 << 20, Gpu.current().shared_bytes, "a GPU of your choice")
     for text, is_backward in ((forward, False), (backward, True)):
         plan = launch_plan(
-            (64, 64, 56, 56),
+            (64, 63, 56, 56),
             torch.bfloat16,
             torch.channels_last,
             kernel_size=3,
             backward=is_backward,
-            aligned=False,
             gpu=gpu,
         )
         assert text.strip() == str(plan)
-    assert "64x64x56x56 bfloat16, channels_last, kernel size 3" in forward
+    assert "64x63x56x56 bfloat16, channels_last, kernel size 3" in forward
     assert "13 chunks of up to 5 samples: 1.9 MiB of x, which L2 holds" in forward
     assert "2 bytes, one element" in forward
     assert "that reach memory: 1 read and 1 write" in forward

@@ -15,6 +15,7 @@ from samples import (
     Problem,
     assert_close,
     draw,
+    draw_like,
     in_float64,
     same_bits,
     truth,
@@ -160,6 +161,47 @@ def test_input_strides(
     assert_close(output, truth(arguments).output, "output")
     if not x.is_contiguous(memory_format=torch.channels_last):
         assert same_bits(output, backend.ops.forward(*arguments))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_tensors_begin_does_not_matter(
+    backend: Backend, dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> None:
+    """To no operator, though pixels and channels are whole vectors, so that aligned feature maps
+    and gates are read 16 bytes at a time."""
+    problem = Problem((3, 16, 4, 6), 3, 2, dtype, layout, biases="12c")
+    x, *parameters = draw(problem, generator, backend.device)
+    g = draw_like(x, generator)
+    channel_gate, logits = backend.ops._logits(x, *parameters)
+    maps = (channel_gate, torch.sigmoid(logits))
+    grads = (draw_like(channel_gate, generator), draw_like(logits, generator))
+    for name, tensors, rest in (
+        ("forward", (x,), parameters),
+        ("gates", (x,), parameters),
+        ("_forward_train", (x,), parameters),
+        ("_backward", (g, x, *maps), (*parameters, True, True, True)),
+        ("_logits", (x,), parameters),
+        ("_apply", (x, channel_gate, logits), ()),
+        ("_apply_backward", (g, x, channel_gate, logits), ()),
+        ("_logits_backward", (g, x, *maps, *grads), (*parameters, True, True, True)),
+    ):
+        operator = getattr(backend.ops, name)
+        expected = _as_tuple(operator(*tensors, *rest))
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        shifted = [_offset(tensor) for tensor in tensors]
+        assert all(tensor.data_ptr() % 16 != 0 for tensor in shifted)
+        # All of them, and each alone.
+        alone = [[*tensors[:i], shifted[i], *tensors[i + 1 :]] for i in range(len(tensors))]
+        for call in (shifted, *alone):
+            found = _as_tuple(operator(*call, *rest))
+            for a, b in zip(found, expected, strict=True):
+                assert a.stride() == b.stride(), name
+                assert same_bits(a, b), name
+
+
+def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])

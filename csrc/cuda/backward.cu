@@ -1,10 +1,11 @@
 // Backward, in four launches for each chunk of samples and one for the batch:
 //
-//   1  gate gradients   reads x, g       sum_c g u, and mean, maximum and argmax of u for each
-//   pixel
-//                                        (forward kept none of them); sum_p g sa x per channel
-//   2  map gradients    small maps       dl, the transposed convolution ds, the convolution's
-//   weights 3  backward pool    reads x          average, maximum and argmax of each channel, and
+//   1  gate gradients   reads x, g       sum_c g u, and mean, maximum and argmax of u of each
+//                                        pixel (forward kept none of them); sum_p g sa x of each
+//                                        channel
+//   2  map gradients    small maps       dl, the transposed convolution ds, and the weights of the
+//                                        convolution
+//   3  backward pool    reads x          average, maximum and argmax of each channel, and
 //                                        sum_p x (gradient of s); the last block of a sample runs
 //                                        the MLP forward and backward
 //   4  input gradient   reads g, writes  dx

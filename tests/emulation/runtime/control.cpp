@@ -40,6 +40,11 @@ EMULATION_API void emulation_order(int kind, uint64_t seed) {
   emulation::scheduler().set_order(static_cast<emulation::Order>(kind), seed);
 }
 
+EMULATION_API void emulation_last_part(uint64_t parts) {
+  const std::lock_guard<std::mutex> lock(emulation::device_mutex());
+  emulation::scheduler().set_last_part(parts);
+}
+
 // Returns whether the capacity is one that the model can have; 0 means no model.
 EMULATION_API int emulation_start_recording(int64_t l2_bytes) {
   const std::lock_guard<std::mutex> lock(emulation::device_mutex());
