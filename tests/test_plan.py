@@ -184,14 +184,12 @@ def test_chunks(plan: LaunchPlan) -> None:
     # As many samples as half of L2 holds; a small L2 yields to the need of a GPU for work.
     budget = max(plan.gpu.l2_bytes // 2, plan.gpu.multiprocessors * (64 << 10))
     assert plan.chunk == 1 or plan.chunk_bytes <= budget
-    one_more = plan.chunk + 1
     tensors = 2 if plan.backward else 1
     blocks = max(plan.sweep_blocks, plan.tiles * plan.gate_channel_spans)
-    assert (
-        plan.chunk == max(n, 1)
-        or one_more * tensors * plan.sample_bytes > budget
-        or one_more * blocks > MAX_GRID
-    )
+    most = max(1, min(n, budget // (tensors * plan.sample_bytes), MAX_GRID // blocks))
+    # As few chunks as there can be, and all of about the same size.
+    chunks = -(-n // most)
+    assert plan.chunk == max(1, -(-n // max(chunks, 1)))
 
 
 @rules
@@ -238,9 +236,10 @@ def test_common_problems_fill_an_h100(
 
 # What these problems get today, rounded down: (sweeps, gate) of forward in bfloat16.
 FILLED = {
-    (8, 64, 56, 56): (200, 112),
-    (1, 64, 128, 128): (128, 64),
-    (8, 512, 7, 7): (112, 128),
+    (8, 64, 56, 56): (390, 440),
+    (1, 64, 128, 128): (256, 512),
+    (8, 512, 7, 7): (112, 256),
+    (1, 128, 64, 64): (64, 256),
 }
 
 
@@ -250,9 +249,10 @@ def test_small_problems_are_spread(
     shape: tuple[int, int, int, int], layout: torch.memory_format
 ) -> None:
     plan = launch_plan(shape, torch.bfloat16, layout, gpu=Gpu())
-    pool, statistics, gate = plan.launches
-    assert (pool.blocks, gate.blocks) >= FILLED[shape] and pool.blocks == statistics.blocks
-    assert gate.blocks is not None and gate.blocks >= FILLED[shape][1]
+    pool, statistics, gate = (launch.blocks for launch in plan.launches)
+    assert pool is not None and gate is not None
+    assert pool == statistics
+    assert pool >= FILLED[shape][0] and gate >= FILLED[shape][1]
 
 
 # ------------------------------------------------------------------------------ what people see

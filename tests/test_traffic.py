@@ -132,31 +132,38 @@ def test_passes_over_the_feature_map(
         assert all(launch.wide_stores == 0 for launch in kernels if launch.stcs)
 
 
-# Partial results, maps and halos beside the feature maps, as a share of these. Their numbers have
-# 4 bytes whatever the dtype, so they weigh twice as much against bfloat16; backward keeps twice as
-# many.
-SMALL = {
-    ("forward", torch.float32): 0.06,
-    ("forward", torch.bfloat16): 0.13,
-    ("_backward", torch.float32): 0.12,
-    ("_backward", torch.bfloat16): 0.17,
+# Partial results, maps and halos beside the feature maps, in percent of these. The promise is 5;
+# forward keeps it in float32, and the rest does not. Their numbers have 4 bytes whatever the dtype,
+# so they weigh twice as much against bfloat16. Backward has more of them for each pixel and for
+# each channel of a block, and blocks are narrow, down to 128 bytes of a row, or they would be too
+# few to fill a GPU. The second problem has few channels to share what a pixel costs.
+EXTRA = {
+    ("forward", torch.float32): {(8, 256, 48, 48): 5, (8, 64, 56, 56): 5},
+    ("forward", torch.bfloat16): {(8, 512, 48, 48): 6.5, (8, 64, 56, 56): 7},
+    ("_backward", torch.float32): {(8, 256, 48, 48): 7.5, (8, 64, 56, 56): 11.5},
+    ("_backward", torch.bfloat16): {(8, 512, 48, 48): 11, (8, 64, 56, 56): 22},
 }
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
-    [(torch.float32, "nchw"), (torch.float32, "nhwc"), (torch.bfloat16, "nchw")],
+    ("name", "dtype", "shape"),
+    [(*key, shape) for key, shapes in EXTRA.items() for shape in shapes],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["forward", "_backward"])
-def test_halos_and_small_maps_take_little(
-    device: Emulation, name: str, dtype: torch.dtype, layout: str, generator: torch.Generator
+def test_halos_and_small_maps(
+    device: Emulation,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    layout: str,
+    generator: torch.Generator,
 ) -> None:
-    channels = 1024 // dtype.itemsize
-    problem = Problem((8, channels, 48, 48), 7, 4, dtype, layout)
+    problem = Problem(shape, 7, 4, dtype, layout)
     # A cache that holds nothing of the map from launch to launch, as a multiprocessor's L1.
     run = record(device, name, problem, generator, 32 * KIB)
-    assert run.moved <= (5 if name == "_backward" else 4) * (1 + SMALL[name, dtype])
+    extra = run.moved / (5 if name == "_backward" else 4) - 1
+    assert extra <= EXTRA[name, dtype][shape] / 100
 
 
 # --------------------------------------------------------------------------------------- launches

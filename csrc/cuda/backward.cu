@@ -50,7 +50,7 @@ struct BackwardMemory {
         pixel_grads(arena.take<PixelGrad<A>>(plan.chunk * p.pixels())),
         pool_sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         pool_maxima(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
-        pool_argmaxima(arena.take<long long>(plan.chunk * plan.sweep.pixel_spans * p.c)),
+        pool_argmaxima(arena.take<int>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         pool_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         channel_grads(arena.take<ChannelGrad<A>>(plan.chunk * p.c)) {}
   unsigned* counters;  // [N]
@@ -67,7 +67,7 @@ struct BackwardMemory {
   PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* pool_sums;               // [chunk, pixel spans, C], as the next three
   A* pool_maxima;
-  long long* pool_argmaxima;
+  int* pool_argmaxima;
   A* pool_dots;
   ChannelGrad<A>* channel_grads;  // [chunk, C]
 };
@@ -174,6 +174,7 @@ class Chunk {
         ca_,
         given ? static_cast<const A*>(args_.grad_channel_gate) + first_channel : memory_.gate_dots,
         given ? 1 : sweep_.pixel_spans,
+        sweep_.span_pixels,
         memory_.dz + first_channel,
         memory_.dunits + first_unit,
         memory_.channel_grads};

@@ -181,7 +181,6 @@ __device__ void map_grads_of_tile_from_memory(const MapGrads<S>& args, int64_t s
 template <class S>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>> / 2)
     map_grads_kernel(const __grid_constant__ MapGrads<S> args) {
-  using A = Acc<S>;
   wait_for_previous_launches();
   MapPlace& at = *shared_memory<MapPlace>();
   if (threadIdx.x == 0) {

@@ -193,13 +193,14 @@ struct MlpBackward : Perceptron<S> {
   const A* channel_gate;          // [samples, C]
   const A* gate_grads;            // [samples, gate_spans, C] partial sums of sum_p g sa x
   int64_t gate_spans;             // 1 or spans
+  int64_t span_pixels;            // of a span, the last of which may have fewer
   A* dz;                          // [samples, C] gradient of the gate's logits
   A* dunits;                      // [samples, 2, R] gradient of W1 pooled + b1
   ChannelGrad<A>* channel_grads;  // [samples, C]
 
   // From the partial results [samples, spans, C] to the gradients of a sample's pooled maps.
   // `scratch` is shared memory for kThreads PooledGrads.
-  __device__ void run(int64_t sample, const A* sums, const A* maxima, const long long* argmaxima,
+  __device__ void run(int64_t sample, const A* sums, const A* maxima, const int* argmaxima,
                       const A* dots, PooledGrads<A>* scratch) const {
     const int64_t channels = this->channels, hidden = this->hidden;
     const int64_t partials = sample * this->spans * channels;
@@ -212,7 +213,7 @@ struct MlpBackward : Perceptron<S> {
                               ? load(gate_grads + first * gate_spans + span * channels + c)
                               : A{0};
           return {load_fresh(sums + at),
-                  {load_fresh(maxima + at), load_fresh(argmaxima + at)},
+                  {load_fresh(maxima + at), span * span_pixels + load_fresh(argmaxima + at)},
                   load_fresh(dots + at) + dgate};
         },
         [&](int64_t c, const PooledGrads<A>& total) {

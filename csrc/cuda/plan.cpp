@@ -51,46 +51,52 @@ int choose_vector(const Problem& p) {
   return contiguous % wide == 0 ? static_cast<int>(wide) : 1;
 }
 
-// Spans of pixels are cheap to add: a few partial results per channel. Spans of channels cost maps
-// of partial results, so they are made only where blocks are too few without, or rows too many.
+// Spans of pixels leave a few partial results for each channel, spans of channels some for each
+// pixel.
 Sweep cut_sweep(const Problem& p, int vector) {
   const bool nchw = p.layout == Layout::kNCHW;
   const int64_t rows = nchw ? p.c : p.pixels(), columns = nchw ? p.pixels() : p.c;
   Sweep s{};
   s.lanes = static_cast<int>(
       std::clamp<int64_t>(power_of_two_from(divide_up(columns, vector)), kMinLanes, kWarp));
+  s.row_span = std::min(rows, kMaxRowSpan);
+  const auto groups = [&] { return int64_t{kThreads} / s.lanes; };
+  const auto tile = [&] { return int64_t{s.lanes} * vector; };
+  const auto blocks = [&] {
+    return samples_together(p) * divide_up(columns, tile()) * divide_up(rows, s.row_span);
+  };
   if (nchw) {
-    // Narrower tiles rather than spans of channels, down to what memory gives at once.
+    // Where blocks are few they get smaller, and stay about twice as high as wide: that makes the
+    // fewest partial results, of which those of spans of channels weigh more.
     const int64_t narrowest = vector == 1 ? kWarp : kLine / (vector * element_size(p.dtype));
-    const auto too_few = [&](int64_t lanes) {
-      return samples_together(p) * divide_up(columns, lanes * vector) < kFill;
-    };
-    while (s.lanes > narrowest && too_few(s.lanes) && 2 * kThreads / s.lanes <= rows) s.lanes /= 2;
-  }
-  s.groups = kThreads / s.lanes;
-  s.row_step = s.groups * columns;
-  const int64_t groups = s.groups;
-  const int64_t tile = static_cast<int64_t>(s.lanes) * vector;
-  const int64_t tiles = divide_up(columns, tile);
-  const int64_t row_bytes = tile * element_size(p.dtype);
-  const int64_t blocks = samples_together(p) * tiles;
-  if (nchw) {
-    const int64_t wanted = std::max<int64_t>(1, kFill / blocks);
-    s.row_span = std::clamp(round_up(divide_up(rows, wanted), groups), 4 * groups, kMaxRowSpan);
-    s.row_span = std::min(s.row_span, rows);
-    const int64_t for_work = kBlockBytes / (s.row_span * row_bytes);
-    const int64_t tiles_together =
-        std::max({int64_t{1}, std::min(for_work, blocks / kFill), tiles / kMaxPartials});
-    s.column_span = tile * tiles_together;
+    while (blocks() < kFill * 3 / 4) {
+      const bool narrows = s.lanes > narrowest && 2 * groups() <= rows;
+      const bool splits = s.row_span > 2 * groups();
+      if (narrows && (!splits || 2 * tile() >= s.row_span)) {
+        s.lanes /= 2;
+      } else if (splits) {
+        s.row_span = std::min(round_up(divide_up(s.row_span, 2), groups()), rows);
+      } else {
+        break;
+      }
+    }
+    const int64_t for_work = kBlockBytes / (s.row_span * tile() * element_size(p.dtype));
+    const int64_t together = std::max({int64_t{1}, std::min(for_work, blocks() / kFill),
+                                       divide_up(columns, tile()) / kMaxPartials});
+    s.column_span = tile() * together;
   } else {
-    const int64_t for_work = 2 * kBlockBytes / row_bytes, for_fill = rows * blocks / kFill;
-    s.row_span = std::max(std::min(for_work, for_fill), rows / kMaxPartials);
-    s.row_span = std::min(std::clamp(round_up(s.row_span, groups), groups, kMaxRowSpan), rows);
-    s.column_span = tile;
+    const int64_t for_work = 2 * kBlockBytes / (tile() * element_size(p.dtype));
+    const int64_t for_fill = rows * samples_together(p) * divide_up(columns, tile()) / kFill;
+    const int64_t wanted = std::max(std::min(for_work, for_fill), rows / kMaxPartials);
+    s.row_span = std::min(std::clamp(round_up(wanted, groups()), groups(), kMaxRowSpan), rows);
+    s.column_span = tile();
   }
+  s.groups = static_cast<int>(groups());
+  s.row_step = s.groups * columns;
   s.row_spans = divide_up(rows, s.row_span);
   s.column_spans = divide_up(columns, s.column_span);
   s.blocks = s.row_spans * s.column_spans;
+  s.span_pixels = nchw ? s.column_span : s.row_span;
   s.pixel_spans = nchw ? s.column_spans : s.row_spans;
   s.channel_spans = nchw ? s.row_spans : s.column_spans;
   return s;
@@ -150,7 +156,10 @@ int64_t count_chunk(const Problem& p, Pass pass, const Plan& plan, const Device&
   const int64_t samples =
       std::clamp<int64_t>(budget / (tensors * sample_bytes(p)), 1, std::max<int64_t>(p.n, 1));
   const int64_t blocks = std::max(plan.sweep.blocks, plan.tiling.tiles * plan.gate.channel_spans);
-  return std::clamp<int64_t>(kMaxBlocks / blocks, 1, samples);
+  const int64_t most = std::clamp<int64_t>(kMaxBlocks / blocks, 1, samples);
+  // Chunks of like size: a small last one would not fill the device.
+  const int64_t all = std::max<int64_t>(p.n, 1);
+  return divide_up(all, divide_up(all, most));
 }
 
 }  // namespace

@@ -29,6 +29,7 @@ struct Sweep {
   int64_t row_span, column_span;    // rows and columns of a block
   int64_t row_spans, column_spans;  // of a sample
   int64_t blocks;                   // of a sample: their product
+  int64_t span_pixels;              // of a span of pixels
   int64_t pixel_spans, channel_spans;  // row_spans and column_spans as the layout has them
 };
 

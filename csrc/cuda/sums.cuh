@@ -272,9 +272,9 @@ struct BackwardPool : Body<S> {
   const PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* sums;
   A* maxima;
-  long long* argmaxima;  // pixels
-  A* dots;               // sum_p x (ds0 + [c is the argmax at p] ds1)
-  unsigned* counters;    // [chunk]
+  int* argmaxima;      // pixels, counted from the first of their span
+  A* dots;             // sum_p x (ds0 + [c is the argmax at p] ds1)
+  unsigned* counters;  // [chunk]
   MlpBackward<S> mlp;
 
   __device__ Channel start_channel(int first) const { return {0, Argmax<A>::from(first), 0}; }
@@ -291,10 +291,9 @@ struct BackwardPool : Body<S> {
   }
   __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
     const int64_t to = this->partial_channel_at(at, channel);
-    const long long first = at.first_pixel;
     store(sums + to, total.sum);
     store(maxima + to, total.maximum.value);
-    store(argmaxima + to, first + total.maximum.index);
+    store(argmaxima + to, total.maximum.index);
     store(dots + to, total.dot);
   }
   __device__ void finish(const Place& at) const {
