@@ -5,7 +5,8 @@
 #
 # builds in place for the GPU that is there, runs the steps (default: all of them), writes what they
 # found into FOLDER, and prints a table of PASS and FAIL last. A step that fails does not stop the
-# others; the exit code is 1 if any failed. Takes under ten minutes on 16 cores. No network is used.
+# others; the exit code is 1 if any failed. It is made for ten minutes
+# on 16 cores and stops then (--seconds); no GPU has shown yet how long it takes. No network is used.
 #
 #   --python PYTHON   the interpreter with torch (default: python3)
 #   --seconds N       time for everything (default: 570); steps that no time is left for fail

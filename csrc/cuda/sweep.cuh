@@ -20,7 +20,7 @@
 //   Body::kRows                rows that a thread has in flight
 //   Body::kWrites, kFinishes   whether it writes a feature map; whether finish() is called
 //   x, g, output               feature maps
-//   pixel_factors<W>, channel_factors<W>(sample, first, ...)   W of them
+//   pixel_factors<W>, channel_factors<W>(place, first, to)     W of them, from the block's `first`
 //   start_pixel(channel), start_channel(pixel)
 //                              accumulators, given the first index that they will meet
 //   visit(...)                 one element
