@@ -12,6 +12,17 @@ namespace cbam {
 
 enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+inline int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 enum class Layout {
   kNCHW,  // contiguous: the pixels of a channel lie together
   kNHWC,  // channels_last: the channels of a pixel lie together

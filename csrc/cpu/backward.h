@@ -7,8 +7,9 @@
 //   MLP backward     small vectors  dz, the gradients of the pooled maps
 //   input gradient   read g, write  dx
 //
-// Where a norm stands between the phases of forward, the first line is a call of its own
-// (apply_backward), and what it found comes in as arguments of the rest.
+// The first three go tile by tile, like forward's last three, so that the second read of x finds it
+// in the cache. Where a norm stands between the phases of forward, the first line is a call of its
+// own (apply_backward), and what it found comes in as arguments of the rest.
 //
 // Included once per instruction set by isa.inl.
 
@@ -19,20 +20,16 @@ inline void add_all_tiles(const Shape& shape, const A* tiles, A* sums) {
   }
 }
 
-// The first sweep over (x, g) of one sample.
+// The first sweep over (x, g), for one tile: dl of its pixels.
 template <class S, class Sweeps, class A>
-inline void gate_grads(const Shape& shape, bool parallel, const S* x, const S* g, const A* ca,
-                       const A* sa, const GateGrads<A>& grads) {
-  for_each_unit(parallel, shape.tiles, [&](int64_t t) {
-    const Tile tile(shape, t);
-    A* per_pixel = grads.dl + tile.begin;
-    Sweeps::gate_sums(shape, tile, x, g, ca, sa, per_pixel, grads.tile_sums + t * shape.padded_c);
-    each_vector<A>(tile.size(), [&](int64_t i, auto part) {
-      const Vec<A> gate = load(sa + tile.begin + i, part);
-      store(per_pixel + i, gate * (A{1} - gate) * load(per_pixel + i), part);
-    });
+inline void gate_grads(const Shape& shape, int64_t t, const S* x, const S* g, const A* ca,
+                       const A* sa, const GateGrads<A>& grads, A* dl) {
+  const Tile tile(shape, t);
+  Sweeps::gate_sums(shape, tile, x, g, ca, sa, dl, grads.tile_sums + t * shape.padded_c);
+  each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+    const Vec<A> gate = load(sa + tile.begin + i, part);
+    store(dl + i, gate * (A{1} - gate) * load(dl + i, part), part);
   });
-  add_all_tiles(shape, grads.tile_sums, grads.dca);
 }
 
 template <class S, class Sweeps>
@@ -52,11 +49,16 @@ void apply_backward(const ApplyBackwardArgs& args) {
     const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
     const A* logits = static_cast<const A*>(args.logits) + n * shape.pixels;
     std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, gates.ca);
-    for_each_unit(parallel, shape.tiles,
-                  [&](int64_t t) { sigmoid_tile(Tile(shape, t), logits, gates.sa); });
-    gate_grads<S, Sweeps>(shape, parallel, x, g, gates.ca, gates.sa, grads);
+    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+      const Tile tile(shape, t);
+      A dl[Shape::kMaxTile];
+      sigmoid_tile(tile, logits, gates.sa);
+      gate_grads<S, Sweeps>(shape, t, x, g, gates.ca, gates.sa, grads, dl);
+      std::copy_n(dl, tile.size(),
+                  static_cast<A*>(args.grad_logits) + n * shape.pixels + tile.begin);
+    });
+    add_all_tiles(shape, grads.tile_sums, grads.dca);
     std::copy_n(gates.sa, shape.pixels, static_cast<A*>(args.spatial_gate) + n * shape.pixels);
-    std::copy_n(grads.dl, shape.pixels, static_cast<A*>(args.grad_logits) + n * shape.pixels);
     std::copy_n(grads.dca, shape.c, static_cast<A*>(args.grad_channel_gate) + n * shape.c);
   });
 }
@@ -64,32 +66,35 @@ void apply_backward(const ApplyBackwardArgs& args) {
 template <class A>
 struct BackwardScratch {
   BackwardScratch(Arena& arena, const Shape& shape)
-      : ca(arena.take<A>(shape.padded_c)),
+      : ca(arena.channels<A>(shape)),
         gate_grads(arena, shape),
         pools(arena, shape),
         hidden(arena, shape),
         mlp(arena, shape),
-        tile_argmax(arena.take<Int<A>>(shape.tiles * shape.padded_c)),
-        tile_dots(arena.take<A>(shape.tiles * shape.padded_c)),
-        dots(arena.take<A>(shape.padded_c)),
-        daverage(arena.take<A>(shape.padded_c)),
-        dmaximum(arena.take<A>(shape.padded_c)),
+        tile_argmax(arena.channels<Int<A>>(shape, shape.tiles)),
+        tile_dots(arena.channels<A>(shape, shape.tiles)),
+        tile_shares(arena.channels<A>(shape, shape.tiles)),
+        dots(arena.channels<A>(shape)),
+        shares(arena.channels<A>(shape)),
+        daverage(arena.channels<A>(shape)),
+        dmaximum(arena.channels<A>(shape)),
         channel_argmax(arena.take<int64_t>(shape.c)),
         sums(arena.take<A>(shape.pixels)),
         maxima(arena.take<A>(shape.pixels)),
         argmax(arena.take<Int<A>>(shape.pixels)),
         ds{arena.take<A>(shape.pixels), arena.take<A>(shape.pixels)},
-        rows{arena.take<A>(shape.h * shape.stride), arena.take<A>(shape.h * shape.stride)},
-        dl(arena.take<A>(shape.bordered)),
-        stats{arena.take<A>(shape.bordered), arena.take<A>(shape.bordered)} {}
+        dl(arena, shape),
+        stats{{arena, shape}, {arena, shape}} {}
   A* ca;  // [padded C], padding zero
   GateGrads<A> gate_grads;
   Pools<A> pools;
   Hidden<A> hidden;
   MlpGrads<A> mlp;
-  Int<A>* tile_argmax;      // [tiles, padded C] pixel of the tile's maximum, counted from its begin
-  A* tile_dots;             // [tiles, padded C] sum_p x (gradient of s that reaches x)
+  Int<A>* tile_argmax;      // [tiles, padded C] pixel of the band's maximum, counted from its begin
+  A* tile_dots;             // [tiles, padded C] sum_p x ds0
+  A* tile_shares;           // [tiles, padded C] sum of u ds1 where the channel is a pixel's maximum
   A* dots;                  // [padded C]
+  A* shares;                // [padded C]
   A* daverage;              // [padded C] gradient of the average over pixels, divided by P
   A* dmaximum;              // [padded C] gradient of the maximum over pixels
   int64_t* channel_argmax;  // [C] pixel of the maximum of each channel
@@ -97,9 +102,8 @@ struct BackwardScratch {
   A* maxima;                // [P]
   Int<A>* argmax;           // [P] channel of the maximum of u
   A* ds[2];                 // [P] gradient of the mean over channels, divided by C; of the maximum
-  A* rows[2];               // [H, stride] ds as the transposed convolution leaves it
-  A* dl;                    // bordered: gradient of the logits
-  A* stats[2];              // bordered: mean and maximum of u
+  Bordered<A> dl;           // gradient of the logits
+  Bordered<A> stats[2];     // mean and maximum of u
 };
 
 // Pixel of each channel's maximum: the first of equals, the first NaN if there is one.
@@ -115,8 +119,8 @@ inline void find_channel_argmax(const Shape& shape, const S* x, const BackwardSc
            s.pools.tile_maxima[t * shape.padded_c + c] != s.pools.maximum[c]) {
       ++t;
     }
-    s.channel_argmax[c] = Sweeps::find_argmax(shape, Tile(shape, t), x, c, s.pools.maximum[c],
-                                              s.tile_argmax + t * shape.padded_c);
+    s.channel_argmax[c] = Sweeps::find_argmax(
+        shape, Band(shape, t).pixels, x, c, s.pools.maximum[c], s.tile_argmax + t * shape.padded_c);
   }
 }
 
@@ -130,65 +134,81 @@ inline void add_maximum_grad(const Shape& shape, int64_t c, int64_t p, const S* 
   store_scalar(dx + at, ca[c] * du + maps.davg[c] + dmaximum);
 }
 
-// Everything after the first sweep, for one sample. dl and dca are what that sweep found.
+// One sample. `grads` is where its MLP's gradients are kept; `conv_grads` those of the convolution,
+// [2, k, k] and the bias, or null.
 template <class S, class Sweeps, class A>
-inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const Weights<A>& weights,
-                           bool parallel, int64_t n, const A* dl, const A* dca, const A* sa,
-                           const BackwardScratch<A>& s, const MlpGrads<A>& mlp,
-                           double* conv_grads) {
+inline void backward_sample(const BackwardArgs& args, const Shape& shape, const Weights<A>& weights,
+                            bool parallel, int64_t n, const BackwardScratch<A>& s,
+                            const MlpGrads<A>& mlp, double* conv_grads) {
   const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
   const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
+  const A* sa = static_cast<const A*>(args.spatial_gate) + n * shape.pixels;
   const A* ca = s.ca;
+  std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
 
-  copy_to_bordered(shape, 0, shape.pixels, dl, s.dl);
-  for_each_unit(parallel, shape.row_units, [&](int64_t unit) {
-    const int64_t first = unit * shape.rows_per_unit;
-    const int64_t last = std::min(first + shape.rows_per_unit, shape.h);
-    convolve_rows<1, 2>(shape, first, last, &s.dl, weights.conv_flipped, s.rows);
-    for (int64_t row = first; row < last; ++row) {
-      each_vector<A>(shape.w, [&](int64_t i, auto part) {
-        const int64_t from = row * shape.stride + i, to = row * shape.w + i;
-        store(s.ds[0] + to, load(s.rows[0] + from, part) / static_cast<A>(shape.c), part);
-        store(s.ds[1] + to, load(s.rows[1] + from, part), part);
+  each_tile_and_band(
+      shape, parallel,
+      [&](int64_t t) {
+        const Tile tile(shape, t);
+        if (args.grad_logits != nullptr) {
+          const A* given = static_cast<const A*>(args.grad_logits) + n * shape.pixels;
+          return s.dl.fill(shape, tile, given + tile.begin);
+        }
+        A dl[Shape::kMaxTile];
+        gate_grads<S, Sweeps>(shape, t, x, g, ca, sa, s.gate_grads, dl);
+        s.dl.fill(shape, tile, dl);
+      },
+      [&](int64_t t) {
+        const Band band(shape, t);
+        const Tile pixels = band.pixels;
+        const Bordered<A> dl[1] = {s.dl};
+        convolve_rows<1, 2>(shape, band.first_row, band.last_row, dl, weights.conv_flipped,
+                            [&](int64_t pixel, auto part, const Vec<A>* sums) {
+                              store(s.ds[0] + pixel, sums[0] / static_cast<A>(shape.c), part);
+                              store(s.ds[1] + pixel, sums[1], part);
+                            });
+        const int64_t at = t * shape.padded_c;
+        const PixelStats<A> pixel{s.sums + pixels.begin, s.maxima + pixels.begin,
+                                  s.argmax + pixels.begin};
+        const ChannelStats<A> channel{s.pools.tile_sums + at, s.pools.tile_maxima + at,
+                                      s.tile_argmax + at, s.tile_dots + at};
+        Sweeps::backward_stats(shape, pixels, x, ca, s.ds[0], pixel, channel);
+        settle_stats<Sweeps>(shape, pixels, x, ca, pixel.sums, pixel.maxima, pixel.argmax);
+        // The maximum sends its gradient to one channel of each pixel.
+        A* shares = s.tile_shares + at;
+        std::fill_n(shares, shape.c, A{0});
+        for (int64_t p = pixels.begin; p < pixels.end; ++p) {
+          shares[s.argmax[p]] += s.ds[1][p] * s.maxima[p];
+        }
+        if (args.conv_grads) {
+          s.stats[0].fill(shape, pixels, pixel.sums);
+          s.stats[1].fill(shape, pixels, pixel.maxima);
+        }
       });
-    }
-  });
-
-  for_each_unit(parallel, shape.tiles, [&](int64_t t) {
-    const Tile tile(shape, t);
-    const int64_t at = t * shape.padded_c;
-    const PixelStats<A> pixel{s.sums + tile.begin, s.maxima + tile.begin, s.argmax + tile.begin};
-    const ChannelStats<A> channel{s.pools.tile_sums + at, s.pools.tile_maxima + at,
-                                  s.tile_argmax + at, s.tile_dots + at};
-    Sweeps::backward_stats(shape, tile, x, ca, s.ds[0], pixel, channel);
-    settle_stats<Sweeps>(shape, tile, x, ca, pixel.sums, pixel.maxima, pixel.argmax);
-    // The maximum sends its gradient to one channel of each pixel.
-    for (int64_t p = tile.begin; p < tile.end; ++p) {
-      const int64_t c = s.argmax[p];
-      channel.dots[c] += s.ds[1][p] * load_scalar(x + Sweeps::offset(shape, c, p));
-    }
-    if (args.conv_grads) {
-      copy_to_bordered(shape, tile.begin, tile.end, pixel.sums, s.stats[0]);
-      copy_to_bordered(shape, tile.begin, tile.end, pixel.maxima, s.stats[1]);
-    }
-  });
 
   if (args.conv_grads) {
-    const int64_t k = shape.kernel;
-    for_each_unit(parallel, 2 * k, [&](int64_t unit) {
-      convolution_weight_grads(shape, unit % k, s.dl, s.stats[unit / k], conv_grads + unit * k);
+    for_each_unit(parallel, count_weight_grad_units(shape), [&](int64_t unit) {
+      convolution_weight_grads(shape, unit, s.dl, s.stats, conv_grads);
     });
-    double bias = 0;
-    for (int64_t p = 0; p < shape.pixels; ++p) bias += dl[p];
-    conv_grads[2 * k * k] = bias;
+    if (args.grads.conv_bias.data != nullptr) {
+      conv_grads[2 * shape.kernel * shape.kernel] = sum_of_pixels(shape, s.dl);
+    }
   }
   if (!args.mlp_grads && args.grad_input == nullptr) return;
 
   settle_pools<Sweeps>(shape, x, s.pools);
   mlp_hidden(shape, weights, s.pools.average, s.pools.maximum, s.hidden);
+  const A* dca = s.gate_grads.dca;
+  if (args.grad_logits == nullptr) {
+    add_all_tiles(shape, s.gate_grads.tile_sums, s.gate_grads.dca);
+  } else {
+    dca = static_cast<const A*>(args.grad_channel_gate) + n * shape.c;
+  }
   add_all_tiles(shape, s.tile_dots, s.dots);
+  add_all_tiles(shape, s.tile_shares, s.shares);
   for (int64_t c = 0; c < shape.c; ++c) {
-    mlp.dz[c] = ca[c] * (1 - ca[c]) * (dca[c] + s.dots[c]);
+    // The shares have u where the others have x: a factor of ca already.
+    mlp.dz[c] = (1 - ca[c]) * (ca[c] * (dca[c] + s.dots[c]) + s.shares[c]);
   }
   std::copy_n(s.pools.average, shape.padded_c, mlp.average);
   std::copy_n(s.pools.maximum, shape.padded_c, mlp.maximum);
@@ -199,7 +219,7 @@ inline void rest_of_sample(const BackwardArgs& args, const Shape& shape, const W
   find_channel_argmax<S, Sweeps>(shape, x, s);
   S* dx = static_cast<S*>(args.grad_input) + n * shape.c * shape.pixels;
   const InputGradMaps<A> maps{s.ds[0], s.ds[1], s.argmax, s.daverage};
-  for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+  each_tile_backwards(shape, parallel, [&](int64_t t) {
     const Tile tile(shape, t);
     Sweeps::input_grad(shape, tile, g, ca, sa, maps, dx);
     for (int64_t c = 0; c < shape.c; ++c) {
@@ -216,14 +236,21 @@ inline void write_mlp_grads(const Shape& shape, bool parallel, const Prepared<Ml
                             const Parameters& grads) {
   const Prepared<Weights<A>> memory(1, shape);
   const Weights<A>& sums = memory[0];
-  for_each_unit(parallel, shape.hidden, [&](int64_t r) {
-    const int64_t row = r * shape.padded_c;
-    mlp_weight_grads(shape, samples, r, sums.fc1 + row, sums.fc2 + row);
-    double bias = 0;
-    for (int64_t n = 0; n < shape.n; ++n) {
-      bias += double{samples[n].dhidden_average[r]} + samples[n].dhidden_maximum[r];
+  constexpr int kRows = 4;
+  for_each_unit(parallel, Shape::divide_up(shape.hidden, kRows), [&](int64_t unit) {
+    const int64_t first = unit * kRows, last = std::min(first + kRows, shape.hidden);
+    if (last - first == kRows) {
+      mlp_weight_grads<kRows>(shape, samples, first, sums);
+    } else {
+      for (int64_t r = first; r < last; ++r) mlp_weight_grads<1>(shape, samples, r, sums);
     }
-    sums.fc1_bias[r] = static_cast<A>(bias);
+    for (int64_t r = first; r < last; ++r) {
+      double bias = 0;
+      for (int64_t n = 0; n < shape.n; ++n) {
+        bias += double{samples[n].dhidden_average[r]} + samples[n].dhidden_maximum[r];
+      }
+      sums.fc1_bias[r] = static_cast<A>(bias);
+    }
   });
   for (int64_t c = 0; c < shape.c; ++c) {
     double bias = 0;
@@ -265,21 +292,9 @@ void backward(const BackwardArgs& args) {
 
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
     const BackwardScratch<A>& s = scratch[worker];
-    const A* sa = static_cast<const A*>(args.spatial_gate) + n * shape.pixels;
-    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
-    const A* dl = s.gate_grads.dl;
-    const A* dca = s.gate_grads.dca;
-    if (args.grad_logits == nullptr) {
-      const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
-      const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
-      gate_grads<S, Sweeps>(shape, parallel, x, g, s.ca, sa, s.gate_grads);
-    } else {
-      dl = static_cast<const A*>(args.grad_logits) + n * shape.pixels;
-      dca = static_cast<const A*>(args.grad_channel_gate) + n * shape.c;
-    }
-    rest_of_sample<S, Sweeps>(args, shape, weights[0], parallel, n, dl, dca, sa, s,
-                              args.mlp_grads ? mlp_grads[n] : s.mlp,
-                              args.conv_grads ? conv_grads.data() + n * conv_size : nullptr);
+    backward_sample<S, Sweeps>(args, shape, weights[0], parallel, n, s,
+                               args.mlp_grads ? mlp_grads[n] : s.mlp,
+                               args.conv_grads ? conv_grads.data() + n * conv_size : nullptr);
   });
 
   if (args.mlp_grads) write_mlp_grads(shape, workers > 1, mlp_grads, args.grads);

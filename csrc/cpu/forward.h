@@ -5,16 +5,19 @@
 //   convolution    small maps     logits of the spatial gate, and the gate
 //   apply          read x, write  y = sa u
 //
+// The last three go tile by tile: as soon as the statistics of a tile and of the rows around it are
+// there, its gate is computed and applied, before its pixels leave the cache (Band in sample.h).
+//
 // Included once per instruction set by isa.inl.
 
 // The pooled maps of one sample: [tiles, padded C] partial results, then [padded C].
 template <class A>
 struct Pools {
   Pools(Arena& arena, const Shape& shape)
-      : tile_sums(arena.take<A>(shape.tiles * shape.padded_c)),
-        tile_maxima(arena.take<A>(shape.tiles * shape.padded_c)),
-        average(arena.take<A>(shape.padded_c)),
-        maximum(arena.take<A>(shape.padded_c)) {}
+      : tile_sums(arena.channels<A>(shape, shape.tiles)),
+        tile_maxima(arena.channels<A>(shape, shape.tiles)),
+        average(arena.channels<A>(shape)),
+        maximum(arena.channels<A>(shape)) {}
   A* tile_sums;
   A* tile_maxima;
   A* average;
@@ -103,20 +106,14 @@ struct ForwardScratch {
   ForwardScratch(Arena& arena, const Shape& shape)
       : pools(arena, shape),
         hidden(arena, shape),
-        ca(arena.take<A>(shape.padded_c)),
-        sums(arena.take<A>(shape.pixels)),
-        maxima(arena.take<A>(shape.pixels)),
-        stats{arena.take<A>(shape.bordered), arena.take<A>(shape.bordered)},
-        logits(arena.take<A>(shape.h * shape.stride)),
+        ca(arena.channels<A>(shape)),
+        stats{{arena, shape}, {arena, shape}},
         sa(arena.take<A>(shape.pixels)) {}
   Pools<A> pools;
   Hidden<A> hidden;
-  A* ca;        // [padded C]
-  A* sums;      // [P]
-  A* maxima;    // [P]
-  A* stats[2];  // bordered maps: mean, maximum
-  A* logits;    // [H, stride]
-  A* sa;        // [P]
+  A* ca;                 // [padded C]
+  Bordered<A> stats[2];  // mean, maximum
+  A* sa;                 // [P]
 };
 
 template <class S, class Sweeps>
@@ -132,8 +129,9 @@ void forward(const ForwardArgs& args) {
   each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
     const ForwardScratch<A>& s = scratch[worker];
     const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
+    S* y = static_cast<S*>(args.output) + (args.output == nullptr ? 0 : n * shape.c * shape.pixels);
 
-    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+    each_tile_backwards(shape, parallel, [&](int64_t t) {
       const int64_t at = t * shape.padded_c;
       Sweeps::pool(shape, Tile(shape, t), x, s.pools.tile_sums + at, s.pools.tile_maxima + at);
     });
@@ -144,38 +142,31 @@ void forward(const ForwardArgs& args) {
       std::copy_n(s.ca, shape.c, static_cast<A*>(args.channel_gate) + n * shape.c);
     }
 
-    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
-      const Tile tile(shape, t);
-      A* sums = s.sums + tile.begin;
-      A* maxima = s.maxima + tile.begin;
-      Sweeps::channel_stats(shape, tile, x, s.ca, sums, maxima);
-      settle_stats<Sweeps>(shape, tile, x, s.ca, sums, maxima, static_cast<Int<A>*>(nullptr));
-      copy_to_bordered(shape, tile.begin, tile.end, sums, s.stats[0]);
-      copy_to_bordered(shape, tile.begin, tile.end, maxima, s.stats[1]);
-    });
-
     A* logits = args.logits == nullptr ? nullptr : static_cast<A*>(args.logits) + n * shape.pixels;
     const bool gate_wanted = args.spatial_gate != nullptr || args.output != nullptr;
     A* sa =
         args.spatial_gate == nullptr ? s.sa : static_cast<A*>(args.spatial_gate) + n * shape.pixels;
-    for_each_unit(parallel, shape.row_units, [&](int64_t unit) {
-      const int64_t first_row = unit * shape.rows_per_unit;
-      const int64_t last_row = std::min(first_row + shape.rows_per_unit, shape.h);
-      convolve_rows<2, 1>(shape, first_row, last_row, s.stats, weights[0].conv, &s.logits);
-      for (int64_t row = first_row; row < last_row; ++row) {
-        each_vector<A>(shape.w, [&](int64_t i, auto part) {
-          const Vec<A> logit =
-              load(s.logits + row * shape.stride + i, part) + weights[0].conv_bias[0];
-          if (logits != nullptr) store(logits + row * shape.w + i, logit, part);
-          if (gate_wanted) store(sa + row * shape.w + i, sigmoid(logit), part);
+    const A bias = weights[0].conv_bias[0];
+    each_tile_and_band(
+        shape, parallel,
+        [&](int64_t t) {
+          const Tile tile(shape, t);
+          A sums[Shape::kMaxTile], maxima[Shape::kMaxTile];
+          Sweeps::channel_stats(shape, tile, x, s.ca, sums, maxima);
+          settle_stats<Sweeps>(shape, tile, x, s.ca, sums, maxima, static_cast<Int<A>*>(nullptr));
+          s.stats[0].fill(shape, tile, sums);
+          s.stats[1].fill(shape, tile, maxima);
+        },
+        [&](int64_t t) {
+          const Band band(shape, t);
+          convolve_rows<2, 1>(shape, band.first_row, band.last_row, s.stats, weights[0].conv,
+                              [&](int64_t pixel, auto part, const Vec<A>* sums) {
+                                const Vec<A> logit = sums[0] + bias;
+                                if (logits != nullptr) store(logits + pixel, logit, part);
+                                if (gate_wanted) store(sa + pixel, sigmoid(logit), part);
+                              });
+          if (args.output != nullptr) Sweeps::apply(shape, band.pixels, x, s.ca, sa, y);
         });
-      }
-    });
-
-    if (args.output == nullptr) return;
-    S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
-    for_each_unit(parallel, shape.tiles,
-                  [&](int64_t t) { Sweeps::apply(shape, Tile(shape, t), x, s.ca, sa, y); });
   });
 }
 

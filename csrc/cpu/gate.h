@@ -12,19 +12,16 @@ inline void sigmoid_tile(Tile tile, const A* logits, A* sa) {
 template <class A>
 struct Gates {
   Gates(Arena& arena, const Shape& shape)
-      : ca(arena.take<A>(shape.padded_c)), sa(arena.take<A>(shape.pixels)) {}
+      : ca(arena.channels<A>(shape)), sa(arena.take<A>(shape.pixels)) {}
   A* ca;  // [padded C], padding zero
   A* sa;  // [P]
 };
 
-// What the first sweep of backward finds.
+// What the first sweep of backward finds about the channels.
 template <class A>
 struct GateGrads {
   GateGrads(Arena& arena, const Shape& shape)
-      : dl(arena.take<A>(shape.pixels)),
-        tile_sums(arena.take<A>(shape.tiles * shape.padded_c)),
-        dca(arena.take<A>(shape.padded_c)) {}
-  A* dl;         // [P] gradient of the logits
+      : tile_sums(arena.channels<A>(shape, shape.tiles)), dca(arena.channels<A>(shape)) {}
   A* tile_sums;  // [tiles, padded C] sum_p g sa x
   A* dca;        // [padded C] the same, added up
 };

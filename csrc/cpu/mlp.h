@@ -8,13 +8,13 @@
 template <class A>
 struct Weights {
   Weights(Arena& arena, const Shape& shape)
-      : fc1(arena.take<A>(shape.hidden * shape.padded_c)),
-        fc1_bias(arena.take<A>(shape.hidden)),
-        fc2(arena.take<A>(shape.hidden * shape.padded_c)),
-        fc2_bias(arena.take<A>(shape.padded_c)),
+      : fc1(arena.channels<A>(shape, shape.hidden)),
+        fc1_bias(arena.zeros<A>(shape.hidden)),
+        fc2(arena.channels<A>(shape, shape.hidden)),
+        fc2_bias(arena.zeros<A>(shape.padded_c)),
         conv(arena.take<A>(2 * shape.kernel * shape.kernel)),
         conv_flipped(arena.take<A>(2 * shape.kernel * shape.kernel)),
-        conv_bias(arena.take<A>(1)) {}
+        conv_bias(arena.zeros<A>(1)) {}
 
   // Absent biases stay zero.
   void pack_from(const Parameters& from, const Shape& shape) const {
@@ -39,18 +39,41 @@ struct Weights {
   A* conv_bias;     // [1]
 };
 
-template <class A>
-inline A dot(int64_t n, const A* a, const A* b) {
+// sums[r][k] = sum_c matrix[r][c] * vectors[k][c] for `rows` rows of padded C elements. Several
+// rows at a time, because each sum has to wait for its own last addition.
+template <int rows, int count, class A>
+inline auto rows_times_vectors(const Shape& shape, const A* matrix,
+                               const A* const (&vectors)[count]) {
   constexpr int64_t kBlock = 4096;  // bounds the rounding error of long sums
-  Vec<A> sum = Vec<A>{};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec<A> block = Vec<A>{};
-    for (int64_t i = begin; i < std::min(begin + kBlock, n); i += kLanes<A>) {
-      block += load(a + i) * load(b + i);
+  Vec<A> sum[rows * count] = {};
+  for (int64_t begin = 0; begin < shape.padded_c; begin += kBlock) {
+    Vec<A> block[rows * count] = {};
+    for (int64_t c = begin; c < std::min(begin + kBlock, shape.padded_c); c += kLanes<A>) {
+      Vec<A> v[count];
+      for (int k = 0; k < count; ++k) v[k] = load(vectors[k] + c);
+      for (int r = 0; r < rows; ++r) {
+        const Vec<A> row = load(matrix + r * shape.padded_c + c);
+        for (int k = 0; k < count; ++k) block[r * count + k] += row * v[k];
+      }
     }
-    sum += block;
+    for (int i = 0; i < rows * count; ++i) sum[i] += block[i];
   }
-  return reduce_lanes<Add>(sum);
+  return reduce_lanes<Add, rows * count>(sum);
+}
+
+// Calls f(r, sums) for every row of a matrix [R, padded C], sums[k] as above.
+template <int count, class A, class F>
+inline void each_row_times_vectors(const Shape& shape, const A* matrix,
+                                   const A* const (&vectors)[count], F&& f) {
+  constexpr int kRows = 4;
+  int64_t r = 0;
+  for (; r + kRows <= shape.hidden; r += kRows) {
+    const auto sums = rows_times_vectors<kRows>(shape, matrix + r * shape.padded_c, vectors);
+    for (int i = 0; i < kRows; ++i) f(r + i, sums.data() + i * count);
+  }
+  for (; r < shape.hidden; ++r) {
+    f(r, rows_times_vectors<1>(shape, matrix + r * shape.padded_c, vectors).data());
+  }
 }
 
 // What one sample's MLP keeps. The average and the maximum have hidden units of their own.
@@ -73,34 +96,45 @@ inline A relu(A value) {
 template <class A>
 inline void mlp_hidden(const Shape& shape, const Weights<A>& weights, const A* average,
                        const A* maximum, const Hidden<A>& hidden) {
-  for (int64_t r = 0; r < shape.hidden; ++r) {
-    const A* row = weights.fc1 + r * shape.padded_c;
-    hidden.average[r] = dot(shape.padded_c, row, average) + weights.fc1_bias[r];
-    hidden.maximum[r] = dot(shape.padded_c, row, maximum) + weights.fc1_bias[r];
+  const A* const pooled[2] = {average, maximum};
+  each_row_times_vectors(shape, weights.fc1, pooled, [&](int64_t r, const A* sums) {
+    hidden.average[r] = sums[0] + weights.fc1_bias[r];
+    hidden.maximum[r] = sums[1] + weights.fc1_bias[r];
     hidden.sum[r] = relu(hidden.average[r]) + relu(hidden.maximum[r]);
-  }
+  });
 }
 
-// Calls f(c, sums) for every vector of channels, with up to `count` sums over r of
-// factors[k][r] * matrix[r][c].
-template <class A, int count, class F>
-inline void row_combinations(const Shape& shape, const A* matrix, const A* const (&factors)[count],
-                             F&& f) {
-  for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
-    Vec<A> sums[count] = {};
+// Calls f(c, sums) for every vector of channels, where sums[k] is the sum over r of
+// factors[k][r] * matrix[r][c]. Several vectors at a time, for the reason above.
+template <int count, class A, class F>
+inline void combine_rows(const Shape& shape, const A* matrix, const A* const (&factors)[count],
+                         F&& f) {
+  const auto columns_from = [&](auto columns, int64_t c) {
+    constexpr int K = decltype(columns)::value;
+    Vec<A> sum[K][count] = {};
     for (int64_t r = 0; r < shape.hidden; ++r) {
-      const Vec<A> row = load(matrix + r * shape.padded_c + c);
-      for (int k = 0; k < count; ++k) sums[k] += factors[k][r] * row;
+      const A* row = matrix + r * shape.padded_c + c;
+      for (int i = 0; i < K; ++i) {
+        const Vec<A> v = load(row + i * kLanes<A>);
+        for (int k = 0; k < count; ++k) sum[i][k] += factors[k][r] * v;
+      }
     }
-    f(c, sums);
+    for (int i = 0; i < K; ++i) f(c + i * kLanes<A>, sum[i]);
+  };
+  constexpr int kColumns = 4;
+  int64_t c = 0;
+  for (; c + kColumns * kLanes<A> <= shape.padded_c; c += kColumns * kLanes<A>) {
+    columns_from(std::integral_constant<int, kColumns>{}, c);
   }
+  for (; c < shape.padded_c; c += kLanes<A>) columns_from(std::integral_constant<int, 1>{}, c);
 }
 
 // ca = sigmoid(W2 hidden + 2 b2), padded with zeros.
 template <class A>
 inline void mlp_gate(const Shape& shape, const Weights<A>& weights, const Hidden<A>& hidden,
                      A* ca) {
-  row_combinations<A, 1>(shape, weights.fc2, {hidden.sum}, [&](int64_t c, const Vec<A>* sums) {
+  const A* const factors[1] = {hidden.sum};
+  combine_rows(shape, weights.fc2, factors, [&](int64_t c, const Vec<A>* sums) {
     store(ca + c, sigmoid(sums[0] + A{2} * load(weights.fc2_bias + c)));
   });
   std::fill(ca + shape.c, ca + shape.padded_c, A{0});
@@ -111,9 +145,9 @@ inline void mlp_gate(const Shape& shape, const Weights<A>& weights, const Hidden
 template <class A>
 struct MlpGrads {
   MlpGrads(Arena& arena, const Shape& shape)
-      : average(arena.take<A>(shape.padded_c)),
-        maximum(arena.take<A>(shape.padded_c)),
-        dz(arena.take<A>(shape.padded_c)),
+      : average(arena.channels<A>(shape)),
+        maximum(arena.channels<A>(shape)),
+        dz(arena.channels<A>(shape)),
         hidden(arena.take<A>(shape.hidden)),
         dhidden_average(arena.take<A>(shape.hidden)),
         dhidden_maximum(arena.take<A>(shape.hidden)) {}
@@ -129,40 +163,47 @@ struct MlpGrads {
 template <class A>
 inline void mlp_backward(const Shape& shape, const Weights<A>& weights, const Hidden<A>& hidden,
                          const MlpGrads<A>& grads, A* daverage, A* dmaximum) {
-  for (int64_t r = 0; r < shape.hidden; ++r) {
-    const A dhidden = dot(shape.padded_c, weights.fc2 + r * shape.padded_c, grads.dz);
+  const A* const dz[1] = {grads.dz};
+  each_row_times_vectors(shape, weights.fc2, dz, [&](int64_t r, const A* dhidden) {
     // relu'(0) = 0; a NaN lets the gradient through, as PyTorch's threshold_backward does.
-    grads.dhidden_average[r] = hidden.average[r] <= 0 ? 0 : dhidden;
-    grads.dhidden_maximum[r] = hidden.maximum[r] <= 0 ? 0 : dhidden;
-  }
+    grads.dhidden_average[r] = hidden.average[r] <= 0 ? 0 : dhidden[0];
+    grads.dhidden_maximum[r] = hidden.maximum[r] <= 0 ? 0 : dhidden[0];
+  });
   std::copy_n(hidden.sum, shape.hidden, grads.hidden);
-  row_combinations<A, 2>(shape, weights.fc1, {grads.dhidden_average, grads.dhidden_maximum},
-                         [&](int64_t c, const Vec<A>* sums) {
-                           store(daverage + c, sums[0]);
-                           store(dmaximum + c, sums[1]);
-                         });
+  const A* const factors[2] = {grads.dhidden_average, grads.dhidden_maximum};
+  combine_rows(shape, weights.fc1, factors, [&](int64_t c, const Vec<A>* sums) {
+    store(daverage + c, sums[0]);
+    store(dmaximum + c, sums[1]);
+  });
 }
 
-// Sums over the batch: row r of dW1 and of the transposed dW2. Blocks of samples bound the rounding
-// error of long sums.
-template <class A>
+// Sums over the batch: `rows` rows from r of dW1 and of the transposed dW2. Blocks of samples bound
+// the rounding error of long sums.
+template <int rows, class A>
 inline void mlp_weight_grads(const Shape& shape, const Prepared<MlpGrads<A>>& samples, int64_t r,
-                             A* dfc1, A* dfc2) {
+                             const Weights<A>& grads) {
   constexpr int64_t kBlock = 64;
   for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
-    Vec<A> fc1 = Vec<A>{}, fc2 = Vec<A>{};
+    Vec<A> fc1[rows] = {}, fc2[rows] = {};
     for (int64_t begin = 0; begin < shape.n; begin += kBlock) {
-      Vec<A> fc1_block = Vec<A>{}, fc2_block = Vec<A>{};
+      Vec<A> fc1_block[rows] = {}, fc2_block[rows] = {};
       for (int64_t n = begin; n < std::min(begin + kBlock, shape.n); ++n) {
         const MlpGrads<A>& s = samples[n];
-        fc1_block +=
-            s.dhidden_average[r] * load(s.average + c) + s.dhidden_maximum[r] * load(s.maximum + c);
-        fc2_block += s.hidden[r] * load(s.dz + c);
+        const Vec<A> average = load(s.average + c), maximum = load(s.maximum + c);
+        const Vec<A> dz = load(s.dz + c);
+        for (int i = 0; i < rows; ++i) {
+          fc1_block[i] += s.dhidden_average[r + i] * average + s.dhidden_maximum[r + i] * maximum;
+          fc2_block[i] += s.hidden[r + i] * dz;
+        }
       }
-      fc1 += fc1_block;
-      fc2 += fc2_block;
+      for (int i = 0; i < rows; ++i) {
+        fc1[i] += fc1_block[i];
+        fc2[i] += fc2_block[i];
+      }
     }
-    store(dfc1 + c, fc1);
-    store(dfc2 + c, fc2);
+    for (int i = 0; i < rows; ++i) {
+      store(grads.fc1 + (r + i) * shape.padded_c + c, fc1[i]);
+      store(grads.fc2 + (r + i) * shape.padded_c + c, fc2[i]);
+    }
   }
 }

@@ -154,7 +154,8 @@ struct Nchw {
     const S* row = x + offset(shape, c, tile.begin);
     int64_t i = 0;
     for (; i + kLanes<A> <= tile.size(); i += kLanes<A>) {
-      if (any<A>(load(row + i) == maximum)) break;
+      const uint32_t found = lane_bits<A>(load(row + i) == maximum);
+      if (found != 0) return tile.begin + i + __builtin_ctz(found);
     }
     while (i + 1 < tile.size() && load_scalar(row + i) != maximum) ++i;
     return tile.begin + i;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace cbam::cpu {
 
@@ -21,7 +22,7 @@ void for_each_unit(bool parallel, int64_t n, F&& f) {
   parallel_ranges(
       n,
       [](void* context, int64_t begin, int64_t end) {
-        F& body = *static_cast<F*>(context);
+        auto& body = *static_cast<std::remove_reference_t<F>*>(context);
         for (int64_t i = begin; i < end; ++i) body(i);
       },
       &f);

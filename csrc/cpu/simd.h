@@ -327,9 +327,24 @@ inline auto reduce_lanes(V v) {
   return reduce_lanes<Op, 1>(&v)[0];
 }
 
+// One bit for each lane of a comparison's result.
+template <class A>
+inline uint32_t lane_bits(IntVec<A> mask) {
+#if CBAM_ISA_LEVEL == 2
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (sizeof(A) == 8) return _mm512_movepi64_mask((__m512i)mask);
+#elif CBAM_ISA_LEVEL == 1
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)mask);
+  if constexpr (sizeof(A) == 8) return _mm256_movemask_pd((__m256d)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
 template <class A>
 inline bool any(IntVec<A> mask) {
-  return reduce_lanes<Min>(mask) != 0;  // true lanes are -1
+  return lane_bits<A>(mask) != 0;
 }
 
 // -------------------------------------------------------------------------------------- sigmoid

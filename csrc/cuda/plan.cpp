@@ -17,17 +17,6 @@ constexpr int64_t kMaxPartials = 512;       // per channel, for the last block t
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid
 constexpr int64_t kMinTile = 128, kMaxTile = 1024;  // pixels of a tile, within reason
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 int64_t sample_bytes(const Problem& p) { return p.c * p.pixels() * element_size(p.dtype); }
