@@ -98,7 +98,7 @@ def gates(
             logits = reference.spatial_logits(input, channel_gate, conv_weight, conv_bias)
             return channel_gate, torch.sigmoid(logits)
     try:
-        return torch.ops.cbam.gates(*arguments)
+        return ops.gates(*arguments)
     except RuntimeError:
         check_arguments(*arguments)
         raise

@@ -79,7 +79,7 @@ class CBAM(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The refined feature map, ``[N, C, H, W]``."""
-        norm = self.spatial.norm
+        norm = _submodule(_submodule(self, "spatial"), "norm")
         if norm is None:
             return functional.cbam(input, *self._parameters_of_op())
         if _folds(norm):
@@ -97,7 +97,7 @@ class CBAM(nn.Module):
             Channel gate ``[N, C, 1, 1]`` and spatial gate ``[N, 1, H, W]``, values in [0, 1], in
             float32 (float64 for float64 input).
         """
-        norm = self.spatial.norm
+        norm = _submodule(_submodule(self, "spatial"), "norm")
         if norm is None:
             return functional.gates(input, *self._parameters_of_op())
         if _folds(norm):
@@ -112,8 +112,10 @@ class CBAM(nn.Module):
         )
 
     def _parameters_of_op(self) -> tuple[Tensor | None, ...]:
-        fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
-        return fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
+        channel, spatial = _submodule(self, "channel"), _submodule(self, "spatial")
+        fc1, fc2 = _submodule(channel, "fc1"), _submodule(channel, "fc2")
+        layers = (fc1, fc2, _submodule(spatial, "conv"))
+        return tuple(_parameter(layer, name) for layer in layers for name in ("weight", "bias"))
 
     def _folded_parameters(self, norm: _BatchNorm) -> tuple[Tensor | None, ...]:
         """The parameters, with a norm that scales and shifts folded into the convolution."""
@@ -146,6 +148,21 @@ class CBAM(nn.Module):
         channel_gate = reference.channel_gate(*arguments[:5])
         logits = reference.spatial_logits(input, channel_gate, *arguments[5:])
         return channel_gate, logits, None
+
+
+# nn.Module finds parameters and submodules after all else, at two microseconds each. So these look
+# first where they are held; they may be elsewhere, as a weight is that is parametrized.
+
+
+def _submodule(module: nn.Module, name: str) -> Any:
+    submodule = module._modules.get(name)
+    return getattr(module, name) if submodule is None else submodule
+
+
+def _parameter(layer: nn.Module, name: str) -> Any:
+    if name in layer._parameters:
+        return layer._parameters[name]
+    return getattr(layer, name)
 
 
 def _apply_gates(
@@ -183,8 +200,10 @@ def _folds(norm: nn.Module) -> bool:
 
 def _normalise(norm: nn.Module, logits: Tensor) -> Tensor:
     """``norm(logits)``, computed in the dtype of the norm's own parameters or statistics."""
-    held = (tensor.dtype for tensor in chain(norm.parameters(), norm.buffers()))
-    dtype = next((dtype for dtype in held if dtype.is_floating_point), logits.dtype)
+    # Its own come first among parameters() as well, but walking a module's tree takes its time.
+    held = chain(norm._parameters.values(), norm.parameters(), norm.buffers())
+    dtypes = (tensor.dtype for tensor in held if tensor is not None)
+    dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), logits.dtype)
     return norm(logits.to(dtype)).to(logits.dtype)
 
 

@@ -2,15 +2,14 @@
 
 The library registers schemas and kernels (csrc/operators.h); the stable ABI leaves the rest to
 Python. Each differentiable operator has a Python function under its ``Autograd`` key. Where a
-gradient is wanted, it applies a ``torch.autograd.Function`` that calls a private operator, which
-also returns the small maps that backward needs; elsewhere it goes straight to the kernel. So
-``cbam::forward`` stays one node in a graph, and inference computes and keeps nothing for backward.
+gradient is wanted, it applies a ``torch.autograd.Function`` (_autograd.py); elsewhere it goes
+straight to the kernel. So ``cbam::forward`` stays one node in a graph, and inference computes and
+keeps nothing for backward.
 
-While transforms of ``torch.func`` are active, :func:`cbam` applies the Function directly, because
-those transforms do not look inside an operator.
-
-The tests register their emulation of the CUDA kernels as a second namespace with the same schemas;
-so the Functions take the name of the operators' namespace as their first argument.
+The functions below take the same two ways without calling the operator, if nobody is there to see
+it: around a small feature map, the call takes longer than the kernels. While transforms of
+``torch.func`` are active they apply the Functions directly, because those transforms do not look
+inside an operator.
 """
 
 from __future__ import annotations
@@ -20,14 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import _library, reference
+from ._autograd import (
+    PARAMETERS,
+    _ApplyGates,
+    _Backward,
+    _EagerApplyGates,
+    _EagerForward,
+    _EagerSpatialLogits,
+    _Forward,
+    _SpatialLogits,
+    below_autograd,
+    is_ordinary,
+    operators,
+    remember_overloads,
+    wants_gradient,
+)
 from ._checks import check_arguments
-
-_PARAMETERS = 6  # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
 
 # Kept alive for as long as the process runs: a Library takes its registrations along when it dies.
 _registrations: dict[str, torch.library.Library] = {}
@@ -41,9 +52,24 @@ def has_kernels(device_type: str) -> bool:
 
 def cbam(input: Tensor, *parameters: Tensor | None, namespace: str = "cbam") -> Tensor:
     """``torch.ops.cbam.forward``, differentiable under the transforms of ``torch.func`` as well."""
+    arguments = (input, *parameters)
     if torch._C._are_functorch_transforms_active():
-        return _Forward.apply(namespace, input, *parameters)[0]
-    return _operators(namespace).forward(input, *parameters)
+        return _Forward.apply(namespace, *arguments)[0]
+    if not is_ordinary(arguments):
+        return operators(namespace).forward(*arguments)
+    if wants_gradient(arguments):
+        return _EagerForward.apply(namespace, *arguments)
+    return below_autograd(namespace, "forward", *arguments)
+
+
+def gates(
+    input: Tensor, *parameters: Tensor | None, namespace: str = "cbam"
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.cbam.gates``."""
+    arguments = (input, *parameters)
+    if is_ordinary(arguments):
+        return below_autograd(namespace, "gates", *arguments)
+    return operators(namespace).gates(*arguments)
 
 
 def spatial_logits(
@@ -56,7 +82,13 @@ def spatial_logits(
     gradient of ``input`` is written once, by this phase, instead of in two full-size parts that
     autograd would have to add. Hand them to :func:`apply_gates` and use them for nothing else.
     """
-    channel_gate, logits, *carriers = _SpatialLogits.apply(namespace, input, *parameters)
+    arguments = (input, *parameters)
+    ordinary = is_ordinary(arguments)
+    if ordinary and not wants_gradient(arguments):
+        channel_gate, logits = below_autograd(namespace, "_logits", *arguments)
+        return channel_gate, logits, (input, logits)  # nothing will come back through them
+    function = _EagerSpatialLogits if ordinary else _SpatialLogits
+    channel_gate, logits, *carriers = function.apply(namespace, *arguments)
     return channel_gate, logits, tuple(carriers)
 
 
@@ -69,204 +101,11 @@ def apply_gates(
     namespace: str = "cbam",
 ) -> Tensor:
     """Second phase: ``sigmoid(logits) * channel_gate * input``."""
-    return _ApplyGates.apply(namespace, input, channel_gate, logits, *carriers)
-
-
-def _operators(namespace: str) -> Any:
-    return getattr(torch.ops, namespace)
-
-
-# ------------------------------------------------------------------------------------- autograd
-
-
-class _Forward(Function):
-    """(input, parameters) -> (output, channel gate, spatial gate); the gates are for backward."""
-
-    @staticmethod
-    def forward(
-        namespace: str, input: Tensor, *parameters: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _operators(namespace)._forward_train(input, *parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, channel_gate, spatial_gate = output
-        ctx.namespace, *arguments = inputs
-        ctx.mark_non_differentiable(channel_gate, spatial_gate)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments, channel_gate, spatial_gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * (2 + _PARAMETERS)
-        input, *parameters, channel_gate, spatial_gate = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        arguments = (grad_output, input, channel_gate, spatial_gate, *parameters, *_groups(wanted))
-        if torch._C._are_functorch_transforms_active():
-            gradients = _Backward.apply(ctx.namespace, *arguments)
-        else:
-            gradients = _operators(ctx.namespace)._backward(*arguments)
-        return None, *_select(gradients, wanted)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        namespace: str,
-        input: Tensor,
-        *parameters: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if any(dim is not None for dim in in_dims[2:]):
-            arguments = (namespace, input, *parameters)
-            return _vmap_by_loop(_Forward, info.batch_size, in_dims, arguments)
-        # Only the input is batched: the samples of all examples are one batch.
-        input = input.movedim(in_dims[1], 0)
-        outputs = _Forward.apply(namespace, input.flatten(0, 1), *parameters)
-        return tuple(out.unflatten(0, input.shape[:2]) for out in outputs), (0, 0, 0)
-
-
-class _Backward(Function):
-    """The gradients of :class:`_Forward`; their own gradients are those of the reference."""
-
-    @staticmethod
-    def forward(namespace: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return _operators(namespace)._backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, grad_output, input, _, _, *parameters = inputs
-        ctx.groups = parameters[_PARAMETERS:]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, *parameters[:_PARAMETERS])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        asked = [i for i, grad in enumerate(grad_gradients) if grad is not None]
-        if not asked:
-            return (None,) * (5 + _PARAMETERS + 3)
-        grad_output, *leaves = ctx.saved_tensors
-        present = [i for i, leaf in enumerate(leaves) if leaf is not None]
-
-        # torch.func and not autograd.grad: this also has to run inside transforms.
-        def first_order(grad_output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            def output(*values: Tensor) -> Tensor:
-                given = dict(zip(present, values, strict=True))
-                return reference.cbam(*(given.get(i) for i in range(1 + _PARAMETERS)))
-
-            _, pull = torch.func.vjp(output, *values)
-            gradients = dict(zip(present, pull(grad_output), strict=True))
-            return tuple(gradients[i] for i in asked)
-
-        _, pull = torch.func.vjp(first_order, grad_output, *(leaves[i] for i in present))
-        second = pull(tuple(grad_gradients[i] for i in asked))
-        by_index = dict(zip(present, second[1:], strict=True))
-        grads = [by_index.get(i) for i in range(1 + _PARAMETERS)]
-        return (None, second[0], grads[0], None, None, *grads[1:], None, None, None)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        # Gradients of the parameters sum over a batch, so examples cannot share one.
-        return _vmap_by_loop(_Backward, info.batch_size, in_dims, arguments)
-
-
-class _SpatialLogits(Function):
-    """(input, parameters) -> (channel gate, logits, carriers); see :func:`spatial_logits`."""
-
-    @staticmethod
-    def forward(namespace: str, input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        channel_gate, logits = _operators(namespace)._logits(input, *parameters)
-        carriers = (like.new_empty(()).expand(like.shape) for like in (input, logits))
-        return channel_gate, logits, *carriers
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.namespace, *arguments = inputs
-        ctx.save_for_backward(*arguments, output[0])
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _vmap_by_loop(_SpatialLogits, info.batch_size, in_dims, arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any,
-        grad_channel_gate: Tensor,
-        grad_logits: Tensor,
-        grad_output: Tensor,
-        spatial_gate: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        input, *parameters, channel_gate = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        gradients = _operators(ctx.namespace)._logits_backward(
-            grad_output,
-            input,
-            channel_gate,
-            spatial_gate,
-            grad_channel_gate,
-            grad_logits,
-            *parameters,
-            *_groups(wanted),
-        )
-        return None, *_select(gradients, wanted)
-
-
-class _ApplyGates(Function):
-    """(input, channel gate, logits, carriers) -> output."""
-
-    @staticmethod
-    def forward(
-        namespace: str, input: Tensor, channel_gate: Tensor, logits: Tensor, *carriers: Tensor
-    ) -> Tensor:
-        return _operators(namespace)._apply(input, channel_gate, logits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.namespace = inputs[0]
-        ctx.save_for_backward(*inputs[1:4])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        (output,), _ = _vmap_by_loop(_ApplyGates, info.batch_size, in_dims, arguments)
-        return output, 0
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        operator = _operators(ctx.namespace)._apply_backward
-        grad_channel_gate, grad_logits, spatial_gate = operator(grad_output, *ctx.saved_tensors)
-        return None, None, grad_channel_gate, grad_logits, grad_output, spatial_gate
-
-
-def _groups(wanted: Sequence[bool]) -> tuple[bool, bool, bool]:
-    """Which gradients the kernels compute: of the input, of the MLP, of the convolution."""
-    return wanted[0], any(wanted[1:5]), any(wanted[5:7])
-
-
-def _select(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if want else None for grad, want in zip(gradients, wanted, strict=True))
-
-
-def _vmap_by_loop(
-    function: type[Function], batch_size: int, in_dims: tuple[int | None, ...], arguments: tuple
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    results = [
-        function.apply(
-            *(
-                argument if dim is None else argument.select(dim, i)
-                for argument, dim in zip(arguments, in_dims, strict=True)
-            )
-        )
-        for i in range(batch_size)
-    ]
-    rows = [(result,) if isinstance(result, Tensor) else result for result in results]
-    outputs = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
-    return outputs, (0,) * len(outputs)
+    arguments = (input, channel_gate, logits, *carriers)
+    ordinary = is_ordinary(arguments)
+    if ordinary and not wants_gradient(arguments):
+        return below_autograd(namespace, "_apply", input, channel_gate, logits)
+    return (_EagerApplyGates if ordinary else _ApplyGates).apply(namespace, *arguments)
 
 
 # --------------------------------------------------------------------------------- fake kernels
@@ -328,7 +167,7 @@ def _fake_backward(
     *parameters_and_groups: Any,
 ) -> tuple[Tensor, ...]:
     return _like_gradients(
-        input, parameters_and_groups[:_PARAMETERS], parameters_and_groups[_PARAMETERS:]
+        input, parameters_and_groups[:PARAMETERS], parameters_and_groups[PARAMETERS:]
     )
 
 
@@ -353,7 +192,7 @@ def _fake_logits_backward(
     *parameters_and_groups: Any,
 ) -> tuple[Tensor, ...]:
     return _like_gradients(
-        input, parameters_and_groups[:_PARAMETERS], parameters_and_groups[_PARAMETERS:]
+        input, parameters_and_groups[:PARAMETERS], parameters_and_groups[PARAMETERS:]
     )
 
 
@@ -372,10 +211,17 @@ _FAKES = {
 
 _PUBLIC = ("forward", "gates")
 
+
+def _differentiable_forward(namespace: str, *arguments: Tensor | None) -> Tensor:
+    if is_ordinary(arguments):
+        return _EagerForward.apply(namespace, *arguments)
+    return _Forward.apply(namespace, *arguments)[0]
+
+
 # The functions that stand under the Autograd key where a gradient is wanted. The others are not
 # differentiable: gates by contract, the phases because _SpatialLogits and _ApplyGates wrap them.
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
-    "forward": lambda namespace, *arguments: _Forward.apply(namespace, *arguments)[0],
+    "forward": _differentiable_forward,
     "_forward_train": _Forward.apply,
     "_backward": _Backward.apply,
 }
@@ -391,6 +237,7 @@ def register(namespace: str = "cbam") -> None:
             if vars(torch.ops.cbam).get(name) is _explain_missing_library:
                 delattr(torch.ops.cbam, name)
     if namespace not in _registrations:
+        remember_overloads(namespace, _FAKES)
         registrations = torch.library.Library(namespace, "IMPL")
         for name, fake in _FAKES.items():
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=registrations)
@@ -414,25 +261,24 @@ def explain_absence() -> None:
 
 
 def _autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
-    operator = getattr(_operators(namespace), name).default
     differentiable = _DIFFERENTIABLE.get(name)
 
     def kernel(*arguments: Any) -> Any:
         if differentiable is not None and _wants_derivative(arguments):
             return differentiable(namespace, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+        return below_autograd(namespace, name, *arguments)
 
     return kernel
 
 
 def _wants_derivative(arguments: Sequence[Any]) -> bool:
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if wants_gradient(arguments):
         return True
     # Forward mode: the Functions refuse it, where the kernels would drop the tangents in silence.
     return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        forward_ad.unpack_dual(value).tangent is not None
+        for value in arguments
+        if isinstance(value, Tensor)
     )
 
 

@@ -120,6 +120,11 @@ bool is_dense(const Tensor& tensor, std::initializer_list<int64_t> fastest_first
   return true;
 }
 
+// Asking is far cheaper than a call of the operator that would return the tensor itself.
+Tensor contiguous_of(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 bool is_channels_last(const Tensor& tensor) { return is_dense(tensor, {1, 3, 2, 0}); }
 
 // Where a tensor is both, the layout with the longer rows is the better one to walk.
@@ -205,8 +210,7 @@ const Tensor& check_forward(const Tensor& input, const ParameterTensors& paramet
 }
 
 Tensor native_layout(const Tensor& input) {
-  if (input.is_contiguous() || is_channels_last(input)) return input;
-  return torch::stable::contiguous(input);
+  return is_channels_last(input) ? input : contiguous_of(input);
 }
 
 Tensor aligned(const Tensor& tensor, int64_t alignment) {
@@ -228,7 +232,7 @@ Tensor like_input(const char* name, const Tensor& tensor, const Tensor& input) {
                   name_of(input.scalar_type()), " as input is, got ",
                   name_of(tensor.scalar_type()));
   check_shape(name, tensor, {input.size(0), input.size(1), input.size(2), input.size(3)});
-  if (input.is_contiguous()) return torch::stable::contiguous(tensor);
+  if (input.is_contiguous()) return contiguous_of(tensor);
   if (is_channels_last(tensor)) return tensor;
   return torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
 }
@@ -243,7 +247,7 @@ Tensor small_map(const char* name, const Tensor& map, const Tensor& input, MapKi
   } else {
     check_shape(name, map, {input.size(0), 1, input.size(2), input.size(3)});
   }
-  return torch::stable::contiguous(map);
+  return contiguous_of(map);
 }
 
 Problem describe(const Tensor& input) {

@@ -73,8 +73,14 @@ inline void define_operators(Library& m) {
 
 // --------------------------------------------------------------------------------- allocation
 
+// torch::stable::new_empty finds its operator by name on every call, which takes as long again.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &number, /*layout=*/nullptr,
+      /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr, &result));
+  return Tensor(result);
 }
 
 inline Tensor empty_channel_gate(const Tensor& input) {

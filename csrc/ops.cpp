@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cuda/plan.h"
 #include "operators.h"
 
@@ -17,12 +18,28 @@ struct Cpu {
   struct Scope {
     explicit Scope(const Tensor&) {}
   };
-  static void run(const Tensor&, const ForwardArgs& args) { cpu::kernels().forward(args); }
-  static void run(const Tensor&, const ApplyArgs& args) { cpu::kernels().apply(args); }
+  static void run(const Tensor&, const ForwardArgs& args) {
+    prepare(args.problem, args.output);
+    cpu::kernels().forward(args);
+  }
+  static void run(const Tensor&, const ApplyArgs& args) {
+    prepare(args.problem, args.output);
+    cpu::kernels().apply(args);
+  }
   static void run(const Tensor&, const ApplyBackwardArgs& args) {
     cpu::kernels().apply_backward(args);
   }
-  static void run(const Tensor&, const BackwardArgs& args) { cpu::kernels().backward(args); }
+  static void run(const Tensor&, const BackwardArgs& args) {
+    prepare(args.problem, args.grad_input);
+    cpu::kernels().backward(args);
+  }
+
+ private:
+  // `written`: a feature map, or null.
+  static void prepare(const Problem& p, void* written) {
+    if (written == nullptr) return;
+    cpu::prefer_huge_pages(written, p.n * p.c * p.pixels() * element_size(p.dtype));
+  }
 };
 
 // The launch plan of the CUDA kernels, for diagnostics and tests on any machine. `question` and the

@@ -109,18 +109,20 @@ struct BackwardScratch {
 // Pixel of each channel's maximum: the first of equals, the first NaN if there is one.
 template <class S, class Sweeps, class A>
 inline void find_channel_argmax(const Shape& shape, const S* x, const BackwardScratch<A>& s) {
+  constexpr int64_t kNotYet = -1;
+  std::fill_n(s.channel_argmax, shape.c, kNotYet);
+  for (int64_t t = 0; t < shape.tiles; ++t) {
+    const Tile pixels = Band(shape, t).pixels;
+    const A* maxima = s.pools.tile_maxima + t * shape.padded_c;
+    const Int<A>* argmax = s.tile_argmax + t * shape.padded_c;
+    for (int64_t c = 0; c < shape.c; ++c) {
+      if (s.channel_argmax[c] != kNotYet || maxima[c] != s.pools.maximum[c]) continue;
+      s.channel_argmax[c] = Sweeps::find_argmax(shape, pixels, x, c, maxima[c], argmax);
+    }
+  }
   for (int64_t c = 0; c < shape.c; ++c) {
-    if (s.pools.maximum[c] != s.pools.maximum[c]) {
-      s.channel_argmax[c] = find_nan_pixel<Sweeps>(shape, x, c);
-      continue;
-    }
-    int64_t t = 0;
-    while (t + 1 < shape.tiles &&
-           s.pools.tile_maxima[t * shape.padded_c + c] != s.pools.maximum[c]) {
-      ++t;
-    }
-    s.channel_argmax[c] = Sweeps::find_argmax(
-        shape, Band(shape, t).pixels, x, c, s.pools.maximum[c], s.tile_argmax + t * shape.padded_c);
+    // No tile has a NaN for its maximum.
+    if (s.channel_argmax[c] == kNotYet) s.channel_argmax[c] = find_nan_pixel<Sweeps>(shape, x, c);
   }
 }
 

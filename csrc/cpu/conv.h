@@ -29,7 +29,10 @@ template <int in_maps, int out_maps, int rows, int columns, class A, class F>
 inline void convolve_block(const Shape& shape, int64_t row, int64_t x,
                            const Bordered<A> (&in)[in_maps], const A* weights, F&& f) {
   const int64_t k = shape.kernel, taps = k * k;
-  Vec<A> sum[out_maps][rows][columns] = {};
+  Vec<A> sum[out_maps][rows][columns];
+  for (auto& map : sum) {
+    for (auto& row_sums : map) std::fill_n(row_sums, columns, Vec<A>{});
+  }
   for (int i = 0; i < in_maps; ++i) {
     const A* map_weights = weights + i * taps;
     const A* top = in[i].row(shape, row - shape.halo) + x - shape.halo;
@@ -97,7 +100,8 @@ inline void weight_grads_block(const Shape& shape, int64_t dy, int64_t dx, const
   const auto sum_rows = [&](auto shared_rows, int64_t first, int64_t count) {
     constexpr int R = decltype(shared_rows)::value;  // rows, or 1 where there are too few of dl
     for (int j = 0; j < rows; j += R) {
-      Vec<A> sum[R * columns] = {};
+      Vec<A> sum[R * columns];
+      std::fill_n(sum, R * columns, Vec<A>{});
       // Row q of the overlap is the row first + q + dy + j - halo of the statistics; it meets the
       // rows first + q - r of dl.
       each_overlap<R>(count, [&](auto first_tap, auto last_tap, int64_t q) {

@@ -5,21 +5,35 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace cbam::cpu {
 namespace {
 
-// Calls f(pointer to the first element of a row, stride within it, length, index of the row).
+// Calls f(element of the parameter, index of its row, index within the row) for all elements. They
+// are taken in blocks, so that a transposed parameter is read (or written) in whole cache lines too.
 template <class Storage, class F>
-void each_row(const ParameterView& view, F&& f) {
+void each_element(const ParameterView& view, F&& f) {
+  constexpr int64_t kBlock = 16;
   Storage* data = static_cast<Storage*>(view.data);
-  int64_t row = 0;
-  for (int64_t i = 0; i < view.sizes[0]; ++i) {
-    for (int64_t j = 0; j < view.sizes[1]; ++j) {
-      for (int64_t k = 0; k < view.sizes[2]; ++k) {
-        f(data + i * view.strides[0] + j * view.strides[1] + k * view.strides[2], view.strides[3],
-          view.sizes[3], row++);
+  const int64_t rows = view.sizes[2], columns = view.sizes[3];
+  const int64_t row_stride = view.strides[2], stride = view.strides[3];
+  for (int64_t i = 0; i < view.sizes[0] * view.sizes[1]; ++i) {
+    Storage* matrix =
+        data + i / view.sizes[1] * view.strides[0] + i % view.sizes[1] * view.strides[1];
+    if (stride == 1) {  // for the compiler, which can make vectors of this
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) f(matrix[r * row_stride + c], i * rows + r, c);
+      }
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < columns; c0 += kBlock) {
+      const int64_t c1 = std::min(c0 + kBlock, columns);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = c0; c < c1; ++c) {
+          f(matrix[r * row_stride + c * stride], i * rows + r, c);
+        }
       }
     }
   }
@@ -45,9 +59,8 @@ template <class A>
 void pack(const ParameterView& from, int64_t row_stride, A* to) {
   with_storage_type(from.dtype, [&](auto type) {
     using Storage = decltype(type);
-    each_row<const Storage>(from, [&](const Storage* data, int64_t stride, int64_t n, int64_t row) {
-      A* out = to + row * row_stride;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(data[i * stride]);
+    each_element<const Storage>(from, [&](const Storage& value, int64_t row, int64_t column) {
+      to[row * row_stride + column] = static_cast<A>(value);
     });
   });
 }
@@ -57,9 +70,8 @@ void unpack(const A* from, int64_t row_stride, const ParameterView& to) {
   if (to.data == nullptr) return;
   with_storage_type(to.dtype, [&](auto type) {
     using Storage = decltype(type);
-    each_row<Storage>(to, [&](Storage* data, int64_t stride, int64_t n, int64_t row) {
-      const A* in = from + row * row_stride;
-      for (int64_t i = 0; i < n; ++i) data[i * stride] = static_cast<Storage>(in[i]);
+    each_element<Storage>(to, [&](Storage& value, int64_t row, int64_t column) {
+      value = static_cast<Storage>(from[row * row_stride + column]);
     });
   });
 }

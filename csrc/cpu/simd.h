@@ -17,6 +17,12 @@ struct VectorOf {
 template <class A>
 using Vec = typename VectorOf<A>::type;
 
+// The same in memory: aligned like one element, and over elements of any type.
+template <class T, int bytes = kVectorBytes>
+struct StoredVectorOf {
+  typedef T type __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
+};
+
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
@@ -95,6 +101,7 @@ inline Vec<A> fill_absent(Vec<A> v, Partial tail, A value) {
 
 template <class S, int lanes>
 using Raw = typename VectorOf<S, static_cast<int>(sizeof(S)) * lanes>::type;
+using StoredRaw = typename StoredVectorOf<uint16_t, kVectorBytes / 2>::type;
 
 inline Vec<float> widen(Raw<uint16_t, kLanes<float>> bits, BFloat16) {
   return bit_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
@@ -158,13 +165,9 @@ inline Raw<uint16_t, kLanes<float>> narrow(Vec<float> v, Half) {
 template <class S>
 inline Vec<Acc<S>> load(const S* p, Full = {}) {
   if constexpr (std::is_same_v<S, Acc<S>>) {
-    Vec<S> v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
+    return *reinterpret_cast<const typename StoredVectorOf<S>::type*>(p);
   } else {
-    Raw<uint16_t, kLanes<float>> raw;
-    std::memcpy(&raw, p, sizeof(raw));
-    return widen(raw, S{});
+    return widen(*reinterpret_cast<const StoredRaw*>(p), S{});
   }
 }
 
@@ -191,10 +194,9 @@ inline Vec<Acc<S>> load(const S* p, Partial tail) {
 template <class S>
 inline void store(S* p, Vec<Acc<S>> v, Full = {}) {
   if constexpr (std::is_same_v<S, Acc<S>>) {
-    std::memcpy(p, &v, sizeof(v));
+    *reinterpret_cast<typename StoredVectorOf<S>::type*>(p) = v;
   } else {
-    const Raw<uint16_t, kLanes<float>> raw = narrow(v, S{});
-    std::memcpy(p, &raw, sizeof(raw));
+    *reinterpret_cast<StoredRaw*>(p) = narrow(v, S{});
   }
 }
 
@@ -223,13 +225,11 @@ inline IntVec<A> broadcast_index(int64_t value) {
 }
 template <class A>
 inline IntVec<A> load_index(const Int<A>* p) {
-  IntVec<A> v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+  return *reinterpret_cast<const typename StoredVectorOf<Int<A>>::type*>(p);
 }
 template <class A>
 inline void store_index(Int<A>* p, IntVec<A> v) {
-  std::memcpy(p, &v, sizeof(v));
+  *reinterpret_cast<typename StoredVectorOf<Int<A>>::type*>(p) = v;
 }
 
 template <class S>
