@@ -14,6 +14,7 @@ import cbam_ext
 from . import report
 from .baselines import MODULES, NEEDS
 from .measure import DTYPES, LAYOUTS, copy_bandwidth, default_shapes, measure_problem
+from .timing import settle_allocator
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +28,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     baselines = [name for name in options.against if _installed(name)]
     torch._dynamo.config.cache_size_limit = 1000  # every problem compiles once
+    settle_allocator()
     rows = []
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
     problems = [
@@ -60,7 +62,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     others = [name for name in MODULES if name != "ours"]
     parser.add_argument("--against", nargs="*", choices=others, default=others)
-    parser.add_argument("--rounds", type=int, default=9, help="turns per module (default: 9)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="turns per module (default: %(default)s)"
+    )
     parser.add_argument(
         "--output",
         help="path without suffix for the .json, .md and .png, or '' for none "

@@ -48,10 +48,12 @@ def default_shapes(device: torch.device) -> list[tuple[int, ...]]:
 
 @dataclass
 class Row:
-    """One problem: milliseconds by module (medians), and bytes kept for backward.
+    """One problem: milliseconds by module, how many times slower than ours it is, bytes kept.
 
-    On a GPU ``milliseconds`` is the time that the device takes; ``call_milliseconds`` is what a
-    program waits for that does nothing else, with the time to launch where that is longer.
+    All are medians over the turns. That of the ratios is taken over the ratio within each turn: a
+    machine that is slow for some seconds is so for every module of a turn. On a GPU
+    ``milliseconds`` is the time that the device takes; ``call_milliseconds`` is what a program
+    waits for that does nothing else, with the time to launch where that is longer.
     """
 
     shape: tuple[int, ...]
@@ -59,23 +61,23 @@ class Row:
     layout: str
     direction: str
     milliseconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
     call_milliseconds: dict[str, float] = field(default_factory=dict)
+    call_ratios: dict[str, float] = field(default_factory=dict)
     saved_over_input: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
 
     def ratio(self, name: str) -> float | None:
         """How many times faster ours is than ``name``."""
-        time = self.milliseconds.get(name)
-        return None if time is None else time / self.milliseconds["ours"]
+        return self.ratios.get(name)
 
     def call_ratio(self, name: str) -> float | None:
         """The same for whole calls."""
-        time = self.call_milliseconds.get(name)
-        return None if time is None else time / self.call_milliseconds["ours"]
+        return self.call_ratios.get(name)
 
     def copies(self) -> float:
         """Our time in copies of the input."""
-        return self.milliseconds["ours"] / self.milliseconds["copy"]
+        return 1 / self.ratios["copy"]
 
     def bandwidth_share(self, bandwidth: float, passes: dict[str, int]) -> float:
         """The share of ``bandwidth`` (bytes a second) that so many passes in our time are."""
@@ -120,7 +122,9 @@ def measure_problem(
                 name: _forward_backward(module, inputs, gradients) for name, module in built.items()
             }
         steps["copy"] = _copy(inputs)
-        row.milliseconds, row.call_milliseconds = _interleaved(steps, rounds, watch)
+        times, calls = _interleaved(steps, rounds, watch)
+        row.milliseconds, row.ratios = _medians(times), _ratios(times)
+        row.call_milliseconds, row.call_ratios = _medians(calls), _ratios(calls)
         if direction != "forward":
             row.saved_over_input = {
                 name: _saved_bytes(module, first) / first.nbytes
@@ -136,8 +140,8 @@ def copy_bandwidth(device: torch.device) -> float:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     source = torch.empty(max(2**29, 8 * cache), dtype=torch.uint8, device=device)
     copies = {"copy": _copy([source])}
-    milliseconds, _ = _interleaved(copies, 9, stopwatch(device))
-    return 2 * source.nbytes / (1e-3 * milliseconds["copy"])
+    times, _ = _interleaved(copies, 9, stopwatch(device))
+    return 2 * source.nbytes / (1e-3 * _medians(times)["copy"])
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -203,21 +207,30 @@ def _copy(inputs: list[Tensor]) -> Callable[[], None]:
 
 def _interleaved(
     steps: dict[str, Callable[[], None]], rounds: int, watch: Stopwatch
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of each step: medians over the turns, and, on a GPU, those of whole calls."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each step in every turn, and, on a GPU, those of whole calls."""
     repeats = {name: watch.prepare(step) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    calls: dict[str, list[float]] = {name: [] for name in steps}
+    calls: dict[str, list[float]] = {name: [] for name in steps if watch.times_calls}
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(watch.time(step, repeats[name]))
             if watch.times_calls:
                 calls[name].append(watch.time_calls(step, repeats[name]))
-    return _medians(times), _medians(calls)
+    return times, calls
 
 
 def _medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: 1e3 * statistics.median(values) for name, values in times.items() if values}
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    return {
+        name: statistics.median(
+            value / ours for value, ours in zip(values, times["ours"], strict=True)
+        )
+        for name, values in times.items()
+    }
 
 
 def _saved_bytes(module: torch.nn.Module, x: Tensor) -> int:

@@ -11,8 +11,20 @@ from torch.utils.benchmark import Timer
 Step = Callable[[], None]
 
 
+def settle_allocator() -> None:
+    """Brings the C library's allocator to where it is in a program that has run for a while.
+
+    glibc returns freed memory to the system above a threshold that grows with the largest block
+    that was ever freed, up to 32 MB; below it, a program would be timed at touching fresh pages in
+    every step, more or less of them after this problem or that.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 class Stopwatch:
-    """Times on a CPU; a turn lasts about 20 ms."""
+    """Times on a CPU. Turns are short, so that all modules of a round meet the same machine."""
+
+    TURN = 0.005  # seconds
 
     times_calls = False  # whether `time_calls` says something else than `time`
 
@@ -20,7 +32,7 @@ class Stopwatch:
         """Warm the step up (it compiles, allocates, fills caches); how often a turn repeats it."""
         timer = self._timer(step)
         timer.timeit(3)
-        return max(1, int(0.02 / max(timer.timeit(1).mean, 1e-6)))
+        return max(1, int(self.TURN / max(timer.timeit(1).mean, 1e-6)))
 
     def time(self, step: Step, repeats: int) -> float:
         """Seconds that one step takes, over so many in a row."""
@@ -41,7 +53,7 @@ class CudaStopwatch(Stopwatch):
     """
 
     times_calls = True
-    TURN = 0.005  # seconds of the device's work that a turn should last
+    TURN = 0.005  # seconds of the device's work
     # Launches that wait fill a queue of the driver (1024 on today's GPUs), and a full one blocks.
     MOST_REPEATS = 12
     CYCLES = 2.0e9  # a second of the sleep kernel, by the fastest clock of today's GPUs

@@ -155,8 +155,9 @@ class CBAM(nn.Module):
 
 
 def _submodule(module: nn.Module, name: str) -> Any:
-    submodule = module._modules.get(name)
-    return getattr(module, name) if submodule is None else submodule
+    if name in module._modules:
+        return module._modules[name]
+    return getattr(module, name)
 
 
 def _parameter(layer: nn.Module, name: str) -> Any:

@@ -12,7 +12,8 @@ namespace cbam::cpu {
 namespace {
 
 // Calls f(element of the parameter, index of its row, index within the row) for all elements. They
-// are taken in blocks, so that a transposed parameter is read (or written) in whole cache lines too.
+// are taken in blocks, so that a transposed parameter is read (or written) in whole cache lines
+// too.
 template <class Storage, class F>
 void each_element(const ParameterView& view, F&& f) {
   constexpr int64_t kBlock = 16;
