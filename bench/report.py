@@ -152,7 +152,7 @@ class Results:
         except ImportError:
             return None
         figure, axes = plt.subplots(
-            len(DIRECTIONS), 1, figsize=(12, 8), layout="constrained", squeeze=False
+            len(DIRECTIONS), 1, figsize=(12, 8), layout="constrained", squeeze=False, sharex=True
         )
         for axis, direction in zip(axes[:, 0], DIRECTIONS, strict=True):
             rows = [row for row in self.rows if row.direction == direction]
@@ -186,10 +186,11 @@ def _plot(axis, rows: list[Row], baselines: list[str], title: str) -> None:
     axis.set_ylabel("ratio")
     axis.set_title(title)
     labels = [
-        f"{'x'.join(map(str, row.shape))}\n{row.dtype}\n{row.layout.replace('_', ' ')}"
+        f"{'x'.join(map(str, row.shape))} {row.dtype} {row.layout.replace('_', ' ')}"
         for row in rows
     ]
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], labels, fontsize=6)
+    middles = [x + 0.4 - width / 2 for x in range(len(rows))]
+    axis.set_xticks(middles, labels, fontsize=7, rotation=90)
     axis.legend()
 
 
