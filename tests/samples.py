@@ -398,6 +398,7 @@ _CASES = [
     ((3, 127, 3, 5), 5, 7, "quantised", "12"),
     ((2, 12, 14, 14), 7, 3, "zeros", "1c"),
     ((1, 48, 33, 40), 7, 3, "relu", "2"),
+    ((2, 40, 6, 5), 3, 37, "normal", "1"),
     ((1, 70000, 1, 1), 1, 1, "normal", ""),
 ]
 
@@ -414,6 +415,16 @@ def _problems() -> list[Problem]:
 
 
 PROBLEMS = _problems()
+# Large enough for what only large ones meet in the CPU kernels: tiles with fewer rows than the
+# convolution reaches, rows that end within vectors, hidden units in whole vectors and some more.
+LARGE = [
+    Problem((1, 300, 9, 250), 7, 20),
+    Problem((1, 300, 9, 250), 7, 20, layout="nhwc", biases="12c"),
+    Problem((3, 40, 101, 33), 31, 37, values="relu"),
+    Problem((3, 40, 101, 33), 31, 37, torch.float64, biases="2c"),
+    Problem((2, 90, 70, 41), 5, 18, torch.bfloat16, "nhwc", "accumulator"),
+    Problem((2, 90, 70, 41), 5, 18, torch.float16, biases="1"),
+]
 # For checks that cost a second per call (opcheck, transforms, subprocesses).
 FEW = [
     Problem((2, 6, 5, 7), 3, 2),

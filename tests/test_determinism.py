@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import Backend
-from samples import Arguments, Problem, draw, draw_like, same_bits
+from samples import LARGE, Arguments, Problem, draw, draw_like, same_bits
 from torch import Tensor
 
 # From fewer samples than threads (tiles of a sample are shared out) to more, with tails everywhere.
@@ -55,7 +55,7 @@ def test_repeats(backend: Backend, problem: Problem, generator: torch.Generator)
 
 @pytest.mark.on("cpu")
 @pytest.mark.usefixtures("thread_count")
-@pytest.mark.parametrize("problem", CASES, ids=str)
+@pytest.mark.parametrize("problem", [*CASES, *LARGE], ids=str)
 def test_number_of_threads(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
     call = (backend, *_prepare(problem, backend, generator))
     torch.set_num_threads(1)

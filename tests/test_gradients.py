@@ -10,6 +10,7 @@ import torch
 from conftest import Backend
 from samples import (
     DTYPES,
+    LARGE,
     NAMES,
     PROBLEMS,
     Arguments,
@@ -85,6 +86,17 @@ def test_half_gradients_are_closer_to_the_truth_than_one_rounding_more(
         assert e is not None
         assert f.dtype == torch.float32
         assert (f.cpu().double() - e).abs().max() < 1e-4 * e.abs().max(), name
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("problem", LARGE, ids=str)
+def test_gradients_of_large_samples(
+    backend: Backend, problem: Problem, generator: torch.Generator
+) -> None:
+    arguments = draw(problem, generator)
+    grad_output = draw_like(arguments.input, generator)
+    found = gradients(backend, arguments, grad_output)
+    assert_gradients_close(found, arguments, grad_output)
 
 
 # --------------------------------------------------------------------------------------- ties

@@ -9,6 +9,7 @@ import torch
 from conftest import Backend
 from samples import (
     DTYPES,
+    LARGE,
     NAMES,
     PROBLEMS,
     Arguments,
@@ -49,6 +50,15 @@ def test_output_and_gates(backend: Backend, problem: Problem, generator: torch.G
         assert_close(gate, expected_gate, "gate")
     for argument, copy in zip(arguments, before, strict=True):
         assert argument is None or torch.equal(argument, copy), "an argument was modified"
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("problem", LARGE, ids=str)
+def test_output_of_large_samples(
+    backend: Backend, problem: Problem, generator: torch.Generator
+) -> None:
+    arguments = draw(problem, generator)
+    assert_close(backend.ops.forward(*arguments), truth(arguments).output, "output")
 
 
 @pytest.mark.emulate(one_in=3)

@@ -261,7 +261,13 @@ inline void write_mlp_grads(const Shape& shape, bool parallel, const Prepared<Ml
   }
   unpack(sums.fc1, shape.padded_c, grads.fc1_weight);
   unpack(sums.fc1_bias, 0, grads.fc1_bias);
-  unpack(sums.fc2, shape.padded_c, transposed(grads.fc2_weight));
+  const ParameterView& fc2 = grads.fc2_weight;
+  if (fc2.data != nullptr && has_plain_rows<A>(fc2)) {
+    transpose(shape.hidden, shape.c, sums.fc2, shape.padded_c, static_cast<A*>(fc2.data),
+              shape.hidden);
+  } else {
+    unpack(sums.fc2, shape.padded_c, transposed(fc2));
+  }
   unpack(sums.fc2_bias, 0, grads.fc2_bias);
 }
 

@@ -5,6 +5,13 @@
 //
 // Included once per instruction set by isa.inl.
 
+// Whether a matrix lies as the kernels would have it themselves: rows of accumulators.
+template <class A>
+inline bool has_plain_rows(const ParameterView& view) {
+  return view.dtype == (sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32) &&
+         view.strides[3] == 1 && view.strides[2] == view.sizes[3];
+}
+
 template <class A>
 struct Weights {
   Weights(Arena& arena, const Shape& shape)
@@ -20,7 +27,12 @@ struct Weights {
   void pack_from(const Parameters& from, const Shape& shape) const {
     const int64_t taps = shape.kernel * shape.kernel;
     pack(from.fc1_weight, shape.padded_c, fc1);
-    pack(transposed(from.fc2_weight), shape.padded_c, fc2);
+    if (has_plain_rows<A>(from.fc2_weight)) {
+      transpose(shape.c, shape.hidden, static_cast<const A*>(from.fc2_weight.data), shape.hidden,
+                fc2, shape.padded_c);
+    } else {
+      pack(transposed(from.fc2_weight), shape.padded_c, fc2);
+    }
     pack(from.conv_weight, shape.kernel, conv);
     if (from.fc1_bias.data != nullptr) pack(from.fc1_bias, 0, fc1_bias);
     if (from.fc2_bias.data != nullptr) pack(from.fc2_bias, 0, fc2_bias);

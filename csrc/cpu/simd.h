@@ -347,6 +347,37 @@ inline bool any(IntVec<A> mask) {
   return lane_bits<A>(mask) != 0;
 }
 
+// to[c][r] = from[r][c]. Blocks of whole vectors: each level takes the even and the odd lanes of
+// neighbours apart, which moves one bit of a lane's number to the number of its row; after as many
+// levels as that has bits the two have changed places.
+template <class A>
+inline void transpose(int64_t rows, int64_t columns, const A* from, int64_t from_stride, A* to,
+                      int64_t to_stride) {
+  constexpr int L = kLanes<A>;
+  int64_t r = 0;
+  for (; r + L <= rows; r += L) {
+    int64_t c = 0;
+    for (; c + L <= columns; c += L) {
+      Vec<A> block[L], next[L];
+      for (int i = 0; i < L; ++i) block[i] = load(from + (r + i) * from_stride + c);
+      for (int bit = 1; bit < L; bit *= 2) {
+        for (int i = 0; i < L / 2; ++i) {
+          next[i] = shuffle<EvenLanes>(block[2 * i], block[2 * i + 1]);
+          next[i + L / 2] = shuffle<OddLanes>(block[2 * i], block[2 * i + 1]);
+        }
+        std::copy_n(next, L, block);
+      }
+      for (int i = 0; i < L; ++i) store(to + (c + i) * to_stride + r, block[i]);
+    }
+    for (; c < columns; ++c) {
+      for (int i = 0; i < L; ++i) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
 // -------------------------------------------------------------------------------------- sigmoid
 
 // exp in about 1 ulp: x = n ln 2 + r, a polynomial for exp(r) (coefficients: Cephes, expf), and 2^n
