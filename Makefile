@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
                      -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test bench lint format test-matrix clean
