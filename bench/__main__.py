@@ -12,7 +12,7 @@ import torch
 import cbam_ext
 
 from . import report
-from .baselines import MODULES, NEEDS
+from .baselines import MODULES, NEEDS, NORM_MODULES
 from .measure import DTYPES, LAYOUTS, copy_bandwidth, default_shapes, measure_problem
 from .timing import settle_allocator
 
@@ -26,7 +26,9 @@ def main() -> None:
         sys.exit(f"python -m bench: {cbam_ext._library.no_kernel_reason(device.type)}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    baselines = [name for name in options.against if _installed(name)]
+    known = NORM_MODULES if options.norm else MODULES
+    baselines = [name for name in options.against if name in known and _installed(name)]
+    modules = {name: known[name] for name in ("ours", *baselines)}
     torch._dynamo.config.cache_size_limit = 1000  # every problem compiles once
     settle_allocator()
     rows = []
@@ -40,8 +42,10 @@ def main() -> None:
     for number, (shape, dtype, layout) in enumerate(problems, 1):
         name = "x".join(map(str, shape))
         print(f"[{number}/{len(problems)}] {name} {dtype} {layout}", file=sys.stderr, flush=True)
-        rows += measure_problem(shape, dtype, layout, ["ours", *baselines], device, options.rounds)
-    results = report.Results(rows, baselines, device, bandwidth)
+        rows += measure_problem(shape, dtype, layout, modules, device, options.rounds)
+    results = report.Results(
+        rows, baselines, device, bandwidth, "BatchNorm2d" if options.norm else ""
+    )
     print(results.table())
     if options.output:
         for path in results.write(Path(options.output)):
@@ -63,16 +67,22 @@ def _parse() -> argparse.Namespace:
     others = [name for name in MODULES if name != "ours"]
     parser.add_argument("--against", nargs="*", choices=others, default=others)
     parser.add_argument(
+        "--norm",
+        action="store_true",
+        help="with a BatchNorm of the spatial logits that trains, as in the authors' code",
+    )
+    parser.add_argument(
         "--rounds", type=int, default=15, help="turns per module (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
         help="path without suffix for the .json, .md and .png, or '' for none "
-        f"(default: {RESULTS}/<device>)",
+        f"(default: {RESULTS}/<device>, with --norm <device>_norm)",
     )
     options = parser.parse_args()
     if options.output is None:
-        options.output = str(RESULTS / torch.device(options.device).type)
+        name = torch.device(options.device).type + ("_norm" if options.norm else "")
+        options.output = str(RESULTS / name)
     return options
 
 

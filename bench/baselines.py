@@ -17,23 +17,24 @@ class EagerCBAM(nn.Module):
     most public copies have them, are slower. (``amax`` splits the gradient among equal maxima.)
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_layer: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         hidden = max(1, channels // 16)
         self.fc1 = nn.Linear(channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, channels, bias=False)
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(1)
 
     def forward(self, x: Tensor) -> Tensor:
         average, maximum = x.mean((2, 3)), x.amax((2, 3))
         z = self.fc2(torch.relu(self.fc1(average))) + self.fc2(torch.relu(self.fc1(maximum)))
         u = torch.sigmoid(z)[..., None, None] * x
         stats = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
-        return torch.sigmoid(self.conv(stats)) * u
+        return torch.sigmoid(self.norm(self.conv(stats))) * u
 
 
-def _compiled(channels: int) -> nn.Module:
-    return torch.compile(EagerCBAM(channels), dynamic=False)
+def _compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, dynamic=False)
 
 
 def _scse(channels: int) -> nn.Module:
@@ -52,8 +53,15 @@ def _timm(channels: int) -> nn.Module:
 MODULES: dict[str, Callable[[int], nn.Module]] = {
     "ours": cbam_ext.CBAM,
     "eager": EagerCBAM,
-    "compile": _compiled,
+    "compile": lambda channels: _compiled(EagerCBAM(channels)),
     "timm": _timm,
     "scse": _scse,
 }
 NEEDS = {"timm": "timm", "scse": "segmentation_models_pytorch"}
+
+# The same around a norm of the spatial logits that trains, as the authors' code has it.
+NORM_MODULES: dict[str, Callable[[int], nn.Module]] = {
+    "ours": lambda channels: cbam_ext.CBAM(channels, norm_layer=nn.BatchNorm2d),
+    "eager": lambda channels: EagerCBAM(channels, nn.BatchNorm2d),
+    "compile": lambda channels: _compiled(EagerCBAM(channels, nn.BatchNorm2d)),
+}

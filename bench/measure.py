@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .baselines import MODULES
 from .timing import Stopwatch, stopwatch
 
 # Stages of ResNets and of smp's decoders.
@@ -92,15 +91,16 @@ def measure_problem(
     shape: tuple[int, ...],
     dtype: str,
     layout: str,
-    modules: list[str],
+    modules: dict[str, Callable[[int], torch.nn.Module]],
     device: torch.device,
     rounds: int,
 ) -> list[Row]:
     """Both directions of one problem.
 
-    The modules run in turns, ``rounds`` times; every turn lasts some milliseconds, and the median
-    over the turns counts. On a GPU inputs, upstream gradients and results each rotate through more
-    memory than its L2 cache holds.
+    ``modules`` are names and what builds them for a number of channels, "ours" among them. They
+    run in turns, ``rounds`` times; every turn lasts some milliseconds, and the median over the
+    turns counts. On a GPU inputs, upstream gradients and results each rotate through more memory
+    than its L2 cache holds.
     """
     count = 1
     if device.type == "cuda":
@@ -109,7 +109,7 @@ def measure_problem(
     first = torch.randn(shape, device=device).to(DTYPES[dtype])
     first = first.contiguous(memory_format=LAYOUTS[layout])
     inputs = [first, *(first.clone() for _ in range(count - 1))]
-    built = {name: MODULES[name](shape[1]).to(device, DTYPES[dtype]) for name in modules}
+    built = {name: build(shape[1]).to(device, DTYPES[dtype]) for name, build in modules.items()}
     watch = stopwatch(device)
     rows = []
     for direction in DIRECTIONS:

@@ -76,6 +76,7 @@ class Results:
     baselines: list[str]
     device: torch.device
     bandwidth: float | None = None  # bytes a second of a large copy, measured on GPUs
+    norm: str = ""  # of the spatial logits, training
 
     def table(self) -> str:
         """A Markdown table: a line for each problem, then geometric means."""
@@ -135,6 +136,8 @@ class Results:
         about = environment(self.device)
         if self.bandwidth is not None:
             about["copy"] = f"{self.bandwidth / 1e9:.0f} GB/s"
+        if self.norm:
+            about["norm of the spatial logits"] = f"{self.norm}, training"
         written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
         rows = [row.as_dict() for row in self.rows]
         written[0].write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
@@ -143,7 +146,10 @@ class Results:
         written[1].write_text(
             f"# cbam_ext on {about['device']}\n\n{facts}\n\n{legend}\n\n{self.table()}\n"
         )
-        picture = self._draw(stem.with_suffix(".png"), f"{about['device']}, torch {about['torch']}")
+        where = f"{about['device']}, torch {about['torch']}"
+        if self.norm:
+            where += f"; with {self.norm}"
+        picture = self._draw(stem.with_suffix(".png"), where)
         return written + ([picture] if picture else [])
 
     def _draw(self, path: Path, where: str) -> Path | None:

@@ -12,11 +12,21 @@ from __future__ import annotations
 
 from . import _library, ops, reference
 from ._version import __version__
+from .aten import decompositions
 from .functional import cbam
 from .jit import load
 from .module import CBAM
+from .onnx import onnx_translation_table
 
-__all__ = ["CBAM", "__version__", "cbam", "load", "reference"]
+__all__ = [
+    "CBAM",
+    "__version__",
+    "cbam",
+    "decompositions",
+    "load",
+    "onnx_translation_table",
+    "reference",
+]
 
 _library.load()
 if _library.is_loaded():

@@ -79,6 +79,12 @@ class CBAM(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The refined feature map, ``[N, C, H, W]``."""
+        if torch.jit.is_scripting():
+            return self._scripted(input)
+        else:  # spelled out, because TorchScript would compile what follows a return
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         norm = _submodule(_submodule(self, "spatial"), "norm")
         if norm is None:
             return functional.cbam(input, *self._parameters_of_op())
@@ -86,6 +92,20 @@ class CBAM(nn.Module):
             return functional.cbam(input, *self._folded_parameters(norm))
         channel_gate, logits, carriers = self._logits(input)
         return _apply_gates(input, channel_gate, _normalise(norm, logits), carriers)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        """``forward`` in the part of Python that TorchScript compiles."""
+        fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
+        if self.spatial.norm is None:
+            return torch.ops.cbam.forward(
+                input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
+            )
+        channel_gate, logits = torch.ops.cbam._logits(
+            input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
+        )
+        # It cannot ask a norm for its dtype; a model is converted as a whole.
+        logits = self.spatial.norm(logits.to(conv.weight.dtype)).to(logits.dtype)
+        return torch.ops.cbam._apply(input, channel_gate, logits)
 
     @torch.no_grad()
     def attention(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,10 +210,15 @@ def _make_norm(
 
 
 def _folds(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a BatchNorm that scales and shifts by constants at present."""
+    """Whether ``norm`` is a BatchNorm that scales and shifts by constants at present.
+
+    With hooks it is called as any module, in case they bring its parameters (FSDP's do) or look.
+    """
     return (
         isinstance(norm, _BatchNorm)
         and not norm.training
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
         and norm.running_mean is not None
         and norm.running_var is not None
     )

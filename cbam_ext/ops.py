@@ -22,18 +22,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import _library, reference
+from . import _flops, _library, reference
 from ._autograd import (
+    BACKWARD,
     PARAMETERS,
+    _Apply,
     _ApplyGates,
-    _Backward,
     _EagerApplyGates,
     _EagerForward,
     _EagerSpatialLogits,
     _Forward,
+    _Logits,
     _SpatialLogits,
+)
+from ._calls import (
     below_autograd,
     is_ordinary,
+    is_recorded,
     operators,
     remember_overloads,
     wants_gradient,
@@ -87,7 +92,12 @@ def spatial_logits(
     if ordinary and not wants_gradient(arguments):
         channel_gate, logits = below_autograd(namespace, "_logits", *arguments)
         return channel_gate, logits, (input, logits)  # nothing will come back through them
-    function = _EagerSpatialLogits if ordinary else _SpatialLogits
+    if is_recorded():
+        channel_gate, logits = operators(namespace)._logits(*arguments)
+        return channel_gate, logits, (input, logits)
+    # Dynamo traces what it is given here, and refuses a jvp.
+    plain = ordinary or torch.compiler.is_compiling()
+    function = _EagerSpatialLogits if plain else _SpatialLogits
     channel_gate, logits, *carriers = function.apply(namespace, *arguments)
     return channel_gate, logits, tuple(carriers)
 
@@ -105,7 +115,10 @@ def apply_gates(
     ordinary = is_ordinary(arguments)
     if ordinary and not wants_gradient(arguments):
         return below_autograd(namespace, "_apply", input, channel_gate, logits)
-    return (_EagerApplyGates if ordinary else _ApplyGates).apply(namespace, *arguments)
+    if is_recorded():
+        return operators(namespace)._apply(input, channel_gate, logits)
+    plain = ordinary or torch.compiler.is_compiling()
+    return (_EagerApplyGates if plain else _ApplyGates).apply(namespace, *arguments)
 
 
 # --------------------------------------------------------------------------------- fake kernels
@@ -218,12 +231,14 @@ def _differentiable_forward(namespace: str, *arguments: Tensor | None) -> Tensor
     return _Forward.apply(namespace, *arguments)[0]
 
 
-# The functions that stand under the Autograd key where a gradient is wanted. The others are not
-# differentiable: gates by contract, the phases because _SpatialLogits and _ApplyGates wrap them.
+# The functions that stand under the Autograd key where a gradient is wanted. gates, by contract,
+# is not differentiable.
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "forward": _differentiable_forward,
     "_forward_train": _Forward.apply,
-    "_backward": _Backward.apply,
+    "_logits": _Logits.apply,
+    "_apply": _Apply.apply,
+    **{name: function.apply for name, function in BACKWARD.items()},
 }
 
 
@@ -243,6 +258,7 @@ def register(namespace: str = "cbam") -> None:
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=registrations)
             registrations.impl(name, _autograd_kernel(namespace, name), "Autograd")
             registrations.impl(name, _missing_kernel(namespace), "CompositeExplicitAutograd")
+        _flops.register(namespace)
         _registrations[namespace] = registrations
     if namespace == "cbam":
         for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta")):

@@ -27,7 +27,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """Runs ``function`` outside autocast, which would round gates and logits to half."""
 
     @functools.wraps(function)
@@ -60,7 +60,7 @@ def cbam(
     return apply_gates(input, gate, logits)
 
 
-@_without_autocast
+@without_autocast
 def channel_gate(
     input: Tensor,
     fc1_weight: Tensor,
@@ -83,7 +83,7 @@ def channel_gate(
     return torch.sigmoid(mlp(pixels.mean(2)) + mlp(pixels.max(2).values))[..., None, None]
 
 
-@_without_autocast
+@without_autocast
 def spatial_logits(
     input: Tensor, channel_gate: Tensor, conv_weight: Tensor, conv_bias: Tensor | None
 ) -> Tensor:
@@ -98,7 +98,7 @@ def spatial_logits(
     return F.conv2d(stats, conv_weight.to(dtype), _to(conv_bias, dtype), padding=padding)
 
 
-@_without_autocast
+@without_autocast
 def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
     """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``."""
     refined = channel_gate * input.to(accumulator_dtype(input.dtype))

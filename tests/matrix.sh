@@ -15,7 +15,8 @@ versions=("$@")
 cd "$(dirname "$0")/.."
 root=$PWD
 # Tests of the operator and the module: nothing that builds the package, or needs smp.
-core=(autograd determinism errors gradients module module_norm properties random registration values)
+core=(abi autocast autograd compile determinism errors export gradients leaks module module_norm
+  processes properties random registration transforms values)
 core=("${core[@]/%/.py}")
 core=("${core[@]/#/tests/test_}")
 

@@ -1,6 +1,8 @@
-"""The operator as a citizen of autograd: gradcheck, double backward, saved tensors, transforms."""
+"""The operator as a citizen of autograd: gradcheck, double backward, saved tensors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,15 +10,12 @@ from conftest import Backend
 from samples import (
     Arguments,
     Problem,
-    assert_close,
     assert_gradients_close,
     draw,
     draw_like,
     true_gradients,
-    truth,
 )
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import cbam_ext
 from cbam_ext import reference
@@ -93,12 +92,71 @@ def test_gradient_penalty(backend: Backend, generator: torch.Generator) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_double_backward_through_a_norm_is_refused(generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(4, norm_layer=torch.nn.BatchNorm2d, dtype=torch.float64)
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.square().sum().backward()
+@pytest.mark.parametrize("norm_layer", [torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d])
+def test_gradient_penalty_around_a_norm(
+    norm_layer: type[torch.nn.Module], generator: torch.Generator
+) -> None:
+    """The two phases and what ties them are differentiated twice as well."""
+    arguments = draw(Problem((2, 5, 4, 3), 3, 2, torch.float64, biases="12c"), generator)
+    leaves = _differentiable(arguments)
+    upstream = draw_like(leaves[0], generator).requires_grad_()
+    norm = norm_layer(1, affine=True).double()
+
+    def ours(*arguments: Tensor | None) -> Tensor:
+        gate, logits, carriers = cbam_ext.ops.spatial_logits(*arguments)
+        return cbam_ext.ops.apply_gates(arguments[0], gate, norm(logits), carriers)
+
+    def plain(*arguments: Tensor | None) -> Tensor:
+        gate = reference.channel_gate(*arguments[:5])
+        logits = reference.spatial_logits(arguments[0], gate, *arguments[5:])
+        return reference.apply_gates(arguments[0], gate, norm(logits))
+
+    def penalty(function: object) -> tuple[Tensor, ...]:
+        # The bias of the convolution has no influence: the norm takes it away.
+        wanted = [*leaves[:6], upstream, norm.weight]
+        output = function(*leaves)  # type: ignore[operator]
+        first = torch.autograd.grad(output, leaves[:6], upstream, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), wanted)
+
+    found, expected = penalty(ours), penalty(plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("wanted", [range(7), (0,), (1, 3), (5,)], ids=str)
+def test_operators_of_the_two_phases_differentiate_alone(
+    backend: Backend, wanted: Sequence[int], generator: torch.Generator
+) -> None:
+    """Without the module's Python: as the nodes of an exported or scripted model."""
+    problem = Problem((2, 5, 4, 3), 3, 2, torch.float64, biases="12c")
+    arguments = draw(problem, generator, backend.device)
+    upstream = draw_like(arguments.input, generator)
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(arguments)]
+    output = backend.ops._apply(leaves[0], *backend.ops._logits(*leaves))
+    found = torch.autograd.grad(output, [leaves[i] for i in wanted], upstream)
+    expected = true_gradients(arguments, upstream)
+    for i, gradient in zip(wanted, found, strict=True):
+        torch.testing.assert_close(gradient, expected[i])
+
+
+@pytest.mark.parametrize("wanted", [range(7), (0,), (1, 3), (5,)], ids=str)
+def test_double_backward_of_what_is_wanted(
+    backend: Backend, wanted: Sequence[int], generator: torch.Generator
+) -> None:
+    problem = Problem((2, 5, 4, 3), 3, 2, torch.float64, biases="12c")
+    arguments = draw(problem, generator, backend.device)
+    upstream = draw_like(arguments.input, generator)
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(arguments)]
+    some = [leaves[i] for i in wanted]
+
+    def second(function: object) -> tuple[Tensor, ...]:
+        output = function(*leaves)  # type: ignore[operator]
+        first = torch.autograd.grad(output, some, upstream, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), some)
+
+    found, expected = second(backend.ops.forward), second(reference.cbam)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ------------------------------------------------------------------------------- saved tensors
@@ -187,114 +245,3 @@ def test_output_may_be_modified_in_place(backend: Backend, generator: torch.Gene
     torch.autograd.backward(output.relu_(), grad_output)
     found = [arguments.input.grad, *[None] * 6]
     assert_gradients_close(found, arguments, grad_output * positive)
-
-
-# --------------------------------------------------------------------------------- torch.func
-
-
-def _setup(
-    generator: torch.Generator, biases: str = "12c", device: torch.device | str = "cpu"
-) -> tuple[Arguments, Tensor]:
-    arguments = draw(Problem((2, 4, 3, 5), 3, 2, torch.float64, biases=biases), generator, device)
-    return arguments, draw_like(arguments.input, generator)
-
-
-@pytest.mark.parametrize("argnum", range(7))
-def test_func_grad(argnum: int, generator: torch.Generator) -> None:
-    arguments, upstream = _setup(generator)
-    found = grad(lambda *a: (cbam_ext.cbam(*a) * upstream).sum(), argnums=argnum)(*arguments)
-    torch.testing.assert_close(found, true_gradients(arguments, upstream)[argnum])
-
-
-def test_jacrev(generator: torch.Generator) -> None:
-    arguments, _ = _setup(generator)
-    found = jacrev(cbam_ext.cbam, argnums=(0, 5))(*arguments)
-    expected = jacrev(reference.cbam, argnums=(0, 5))(*arguments)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("dim", [0, 2, 4])
-def test_vmap_over_the_input(dim: int, generator: torch.Generator) -> None:
-    arguments, _ = _setup(generator)
-    xs = torch.stack([arguments.input, arguments.input.flip(3), arguments.input + 1])
-    found = vmap(lambda x: cbam_ext.cbam(x, *arguments[1:]), in_dims=dim)(xs.movedim(0, dim))
-    for x, y in zip(xs, found, strict=True):
-        assert_close(y, truth(Arguments(x, *arguments[1:])).output, "output")
-
-
-def test_vmap_over_parameters(generator: torch.Generator) -> None:
-    """Model ensembling: one input, several weights."""
-    arguments, _ = _setup(generator, biases="")
-    weights = torch.stack([arguments.conv_weight, -arguments.conv_weight])
-    found = vmap(
-        lambda x, w1, w2, conv: cbam_ext.cbam(x, w1, None, w2, None, conv, None),
-        in_dims=(None, None, None, 0),
-    )(arguments.input, arguments.fc1_weight, arguments.fc2_weight, weights)
-    for weight, y in zip(weights, found, strict=True):
-        assert_close(y, truth(arguments._replace(conv_weight=weight)).output, "output")
-
-
-def test_gradients_per_sample(generator: torch.Generator) -> None:
-    """vmap(grad), as for differential privacy."""
-    arguments, upstream = _setup(generator)
-
-    def loss(x: Tensor, g: Tensor, *parameters: Tensor) -> Tensor:
-        return (cbam_ext.cbam(x[None], *parameters) * g).sum()
-
-    found = vmap(grad(loss, argnums=tuple(range(2, 8))), in_dims=(0, 0, *[None] * 6))(
-        arguments.input, upstream, *arguments[1:]
-    )
-    for i in range(2):
-        alone = Arguments(arguments.input[i : i + 1], *arguments[1:])
-        expected = true_gradients(alone, upstream[i : i + 1])[1:]
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a[i], b)
-
-
-def test_func_hessian_vector_product_is_right_or_refused(generator: torch.Generator) -> None:
-    arguments, upstream = _setup(generator)
-
-    def product(function: object) -> Tensor:
-        def first(x: Tensor) -> Tensor:
-            return grad(lambda t: (function(t, *arguments[1:]) * upstream).sum())(x)  # type: ignore[operator]
-
-        return grad(lambda x: first(x).square().sum())(arguments.input)
-
-    try:
-        found = product(cbam_ext.cbam)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(found, product(reference.cbam))
-
-
-def test_forward_mode_is_refused(generator: torch.Generator) -> None:
-    """Never a silent zero tangent."""
-    arguments, upstream = _setup(generator)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward.mode"):
-        jvp(lambda x: cbam_ext.cbam(x, *arguments[1:]), (arguments.input,), (upstream,))
-
-
-def test_forward_mode_of_the_raw_operator_is_refused(
-    backend: Backend, generator: torch.Generator
-) -> None:
-    arguments, upstream = _setup(generator, device=backend.device)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(arguments.input, upstream)
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)jvp|forward.mode"):
-            backend.ops.forward(dual, *arguments[1:])
-
-
-def test_functional_call(generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(4, hidden_channels=2, kernel_size=3, dtype=torch.float64)
-    arguments, upstream = _setup(generator, biases="")
-    parameters = {
-        "channel.fc1.weight": arguments.fc1_weight,
-        "channel.fc2.weight": arguments.fc2_weight,
-        "spatial.conv.weight": arguments.conv_weight,
-    }
-    found = grad(lambda p: (functional_call(module, p, arguments.input) * upstream).sum())(
-        parameters
-    )
-    expected = true_gradients(arguments, upstream)
-    for name, index in zip(parameters, (1, 3, 5), strict=True):
-        torch.testing.assert_close(found[name], expected[index])

@@ -1,8 +1,7 @@
-"""Same input, same bits: over repeats, numbers of threads, and calls from several threads."""
+"""Same input, same bits: over repeats and numbers of threads. Calls from several threads are in
+test_processes.py."""
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -63,21 +62,6 @@ def test_number_of_threads(backend: Backend, problem: Problem, generator: torch.
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
         assert_same(expected, everything(*call), f"{threads} threads")
-
-
-def test_calls_from_several_threads(backend: Backend, generator: torch.Generator) -> None:
-    cases, rounds = (CASES[4:6], 1) if backend.emulated else (CASES[:6], 8)
-    calls = [(backend, *_prepare(problem, backend, generator)) for problem in cases]
-    expected = [everything(*call) for call in calls]
-
-    def work(worker: int) -> None:
-        for i in range(rounds):
-            which = (worker + i) % len(calls)
-            assert_same(expected[which], everything(*calls[which]), f"thread {worker}")
-
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(work, worker) for worker in range(4)]:
-            done.result()
 
 
 @pytest.mark.emulate(one_in=3)

@@ -243,24 +243,6 @@ def test_activation_checkpointing(
         assert torch.equal(plain, checkpointed)
 
 
-@pytest.mark.parametrize("norm_layer", NORMS, ids=NORM_IDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(norm_layer: object, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Half maps out of a convolution meet float32 parameters: no rule of ours is needed."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), cbam_ext.CBAM(8, norm_layer=norm_layer))
-    x = torch.randn(2, 3, 9, 8, generator=generator)
-    with torch.autocast("cpu", dtype=dtype):
-        inner = model[0](x)
-        output = model(x)
-        with torch.autocast("cpu", enabled=False):
-            assert model[1](inner).dtype == dtype
-    assert inner.dtype == output.dtype == dtype
-    output.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
-    if norm_layer is None:
-        assert_close(output.detach(), truth(arguments_of(model[1], inner)).output, "output")
-
-
 def test_inference_mode(generator: torch.Generator) -> None:
     x = torch.randn(2, 6, 7, 5, generator=generator)
     for norm_layer in NORMS:

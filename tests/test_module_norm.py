@@ -160,12 +160,19 @@ def test_other_norms_keep_their_momentum() -> None:
     assert module.spatial.norm.momentum == 0.3
 
 
-def test_sync_batch_norm_is_found_by_its_converter() -> None:
-    module = cbam_ext.CBAM(8, norm_layer=nn.BatchNorm2d)
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    assert isinstance(converted.spatial.norm, nn.SyncBatchNorm)
-    x = torch.randn(2, 8, 4, 4)
-    torch.testing.assert_close(converted.eval()(x), module.eval()(x))
+def test_hooks_of_a_norm_run_in_eval_too(generator: torch.Generator) -> None:
+    """So it is not folded then, and gives the same."""
+    module = cbam_ext.CBAM(8, norm_layer=nn.BatchNorm2d).eval()
+    x = torch.randn(2, 8, 4, 4, generator=generator)
+    expected = module(x)
+    seen: list[torch.Size] = []
+    for register in ("register_forward_pre_hook", "register_forward_hook"):
+        handle = getattr(module.spatial.norm, register)(
+            lambda _, args, *__: seen.append(args[0].shape)
+        )
+        torch.testing.assert_close(module(x), expected)
+        handle.remove()
+    assert seen == [(2, 1, 4, 4)] * 2
 
 
 def test_eval_is_one_call_of_the_operator(generator: torch.Generator) -> None:

@@ -1,7 +1,8 @@
-"""What the operators tell PyTorch about themselves: opcheck, fake kernels, compile, export."""
+"""What the operators tell PyTorch about themselves: opcheck, fake kernels, FLOPs, names."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +14,18 @@ from samples import (
     Arguments,
     Problem,
     assert_close,
-    assert_gradients_close,
     draw,
     draw_like,
-    same_bits,
     truth,
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cbam_ext
+from cbam_ext import reference
 
 FIRST = ("forward", "gates", "_forward_train", "_logits")
 NAMES = (*FIRST, "_backward", "_apply", "_apply_backward", "_logits_backward")
@@ -175,84 +176,6 @@ def test_gradients_come_from_the_same_backend(backend: Backend, generator: torch
     assert namespaces.seen == {"aten", namespace}
 
 
-# ------------------------------------------------------------------------------ torch.compile
-
-
-@pytest.mark.parametrize("problem", FEW[:2], ids=str)
-def test_compile_keeps_the_operator_whole(
-    backend: Backend, problem: Problem, generator: torch.Generator
-) -> None:
-    arguments = draw(problem, generator, backend.device)
-    grad_output = draw_like(arguments.input, generator)
-    leaves = [None if t is None else t.requires_grad_() for t in arguments]
-    present = [t for t in leaves if t is not None]
-    torch._dynamo.reset()
-    compiled = torch.compile(backend.ops.forward, fullgraph=True, backend="aot_eager")
-    output = compiled(*leaves)
-    assert output.stride() == arguments.input.stride()
-    assert same_bits(output.detach(), backend.ops.forward(*leaves).detach())
-    found = iter(torch.autograd.grad(output, present, grad_output))
-    gradients = [None if t is None else next(found) for t in leaves]
-    assert_gradients_close(gradients, arguments, grad_output)
-
-
-def test_compile_with_dynamic_shapes(generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(6)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n, size in ((2, 5), (3, 5), (2, 9), (1, 4)):
-        x = torch.randn(n, 6, size, size + 1, generator=generator, requires_grad=True)
-        output = compiled(x)
-        torch.testing.assert_close(output, module(x))
-        output.square().sum().backward()
-        assert x.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("norm_layer", "compiler"), [(None, "inductor"), (nn.BatchNorm2d, "aot_eager")]
-)
-def test_compile_between_other_layers(
-    norm_layer: type[nn.Module] | None, compiler: str, generator: torch.Generator
-) -> None:
-    """As users do: inductor fuses the neighbours and calls the operator as it is."""
-    torch._dynamo.reset()
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.ReLU(), cbam_ext.CBAM(6, norm_layer=norm_layer), nn.ReLU()
-    )
-    x = torch.randn(2, 3, 9, 8, generator=generator)
-    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    compiled = torch.compile(model, fullgraph=True, backend=compiler)
-    found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------- torch.export
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_has_one_node(strict: bool, generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(6, mlp_bias=True).eval()
-    x = torch.randn(2, 6, 5, 7, generator=generator)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},), strict=strict)
-    for exported in (program, program.run_decompositions()):
-        targets = [str(n.target) for n in exported.graph.nodes if n.op == "call_function"]
-        assert targets == ["cbam.forward.default"]
-    wider = torch.cat([x, x + 1])
-    assert torch.equal(program.module()(wider), module(wider))
-
-
-def test_export_folds_a_norm_that_does_not_train(generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(6, norm_layer=nn.BatchNorm2d).eval()
-    x = torch.randn(2, 6, 5, 7, generator=generator)
-    program = torch.export.export(module, (x,))
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert targets.count("cbam.forward.default") == 1
-    assert not any("batch_norm" in target or "cbam._" in target for target in targets)
-    torch.testing.assert_close(program.module()(x), module(x))
-
-
 def test_make_fx_traces_the_operator(backend: Backend, generator: torch.Generator) -> None:
     arguments = draw(FEW[0], generator, backend.device)
     graph = torch.fx.experimental.proxy_tensor.make_fx(
@@ -261,3 +184,67 @@ def test_make_fx_traces_the_operator(backend: Backend, generator: torch.Generato
     assert_close(graph(arguments.input), truth(arguments).output, "output")
     targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
     assert targets == [f"{backend.namespace}.forward.default"]
+
+
+# ----------------------------------------------------------------------- counting and profiling
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_flops_are_those_of_plain_pytorch(
+    backend: Backend, wanted: tuple[bool, bool, bool], generator: torch.Generator
+) -> None:
+    """By which gradients are wanted: of the input, of the MLP, of the convolution."""
+    problem = Problem((2, 6, 5, 7), 5, 3, biases="12c")
+    arguments = draw(problem, generator, backend.device)
+    each = (wanted[0], *[wanted[1]] * 4, *[wanted[2]] * 2)
+
+    def count(function: Callable[..., Tensor]) -> int:
+        leaves = [t.clone().requires_grad_(w) for t, w in zip(arguments, each, strict=True)]
+        with FlopCounterMode(display=False) as counter:
+            output = function(*leaves)
+            if any(wanted):
+                output.sum().backward()
+        return counter.get_total_flops()
+
+    assert count(backend.ops.forward) == count(reference.cbam) > 0
+
+
+def test_flops_of_modules() -> None:
+    """Whatever way a module takes, and by module."""
+    x = torch.randn(2, 6, 5, 7)
+    layers = 2 * 2 * 2 * (6 * 2 + 2 * 6)
+    convolution = 2 * 2 * 5 * 7 * 2 * 7 * 7
+    for norm_layer in (None, nn.BatchNorm2d):
+        model = nn.Sequential(cbam_ext.CBAM(6, hidden_channels=2, norm_layer=norm_layer))
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        # The input wants no gradient: the last product of the MLP's backward is left out.
+        assert counter.get_total_flops() == layers + 1.5 * layers + 3 * convolution
+        assert "Sequential.0" in counter.get_flop_counts()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(x)
+            model[0].attention(x)
+        assert counter.get_total_flops() == 2 * (layers + convolution)
+
+
+@pytest.mark.parametrize(
+    ("norm_layer", "names"),
+    [
+        (None, {"cbam::_forward_train", "cbam::_backward"}),
+        (nn.BatchNorm2d, {"cbam::_logits", "cbam::_apply"}),
+    ],
+)
+def test_profiler_shows_the_operators(
+    norm_layer: type[nn.Module] | None, names: set[str], generator: torch.Generator
+) -> None:
+    module = cbam_ext.CBAM(6, norm_layer=norm_layer)
+    x = torch.randn(2, 6, 5, 7, generator=generator, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(x).sum().backward()
+    assert names <= {event.key for event in profile.key_averages()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.no_grad():
+            module.eval()(x)
+        module.attention(x)
+    shown = {event.key for event in profile.key_averages()}
+    assert {"cbam::forward", "cbam::gates"} <= shown

@@ -1,4 +1,4 @@
-"""CBAM in segmentation_models_pytorch: registering, building, saving, compiling, pruning, DDP."""
+"""CBAM in segmentation_models_pytorch: registering, building, saving, compiling, pruning."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import io
 import pickle
 import subprocess
 import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import cbam_ext.smp
 
@@ -478,52 +475,3 @@ def test_pruned_models_come_back_from_pretrained(registered, tmp_path):
     loaded = smp.from_pretrained(tmp_path, strict=False).eval()
     assert torch.equal(cbam_ext.smp.prune_unused(loaded)(x), model(x))
     assert loaded.state_dict().keys() == model.state_dict().keys()
-
-
-# ------------------------------------------------------------------------------ DDP
-
-
-def train_under_ddp(rank: int, folder: Path) -> None:
-    """Runs in two processes: steps with a pruned model, then with one that is not."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    cbam_ext.smp.register()
-    for prune in (True, False):
-        torch.manual_seed(0)
-        model = build("cbam").train()
-        if prune:
-            cbam_ext.smp.prune_unused(model)
-        outcome = ddp_steps(DistributedDataParallel(model), rank)
-        (folder / f"{rank}-{prune}").write_text(outcome)
-        torch.save(model.decoder.state_dict(), folder / f"{rank}-{prune}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def ddp_steps(model: nn.Module, rank: int) -> str:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.manual_seed(1 + rank)
-    try:
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(image(batch=1)).square().mean().backward()
-            optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return "trained"
-
-
-def test_ddp_needs_prune_unused(tmp_path):
-    torch.multiprocessing.spawn(train_under_ddp, args=(tmp_path,), nprocs=2)
-    for rank in (0, 1):
-        assert (tmp_path / f"{rank}-True").read_text() == "trained"
-        # If this stops failing, smp or PyTorch has mended it and prune_unused has lost its reason.
-        assert "not used in producing loss" in (tmp_path / f"{rank}-False").read_text()
-    first, second = (torch.load(tmp_path / f"{rank}-True.pt") for rank in (0, 1))
-    learned = [key for key in first if "attention" in key]
-    assert learned and all(torch.equal(first[key], second[key]) for key in learned)

@@ -1,0 +1,88 @@
+"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the operators.
+
+As for every operator of PyTorch, that is the multiplications and additions of matrix products and
+convolutions: here of the MLP and of the spatial convolution. So the numbers are those of plain
+PyTorch's CBAM. Pooling and gating count nothing, although all of the time goes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = Sequence[int]
+
+
+def register(namespace: str) -> None:
+    """Makes the counter know the operators of a namespace; once for each."""
+    operators = getattr(torch.ops, namespace)
+    first = (operators.forward, operators.gates, operators._forward_train, operators._logits)
+    register_flop_formula(first)(_forward)
+    register_flop_formula(operators._backward)(_backward)
+    register_flop_formula(operators._logits_backward)(_logits_backward)
+
+
+def _forward(
+    input: Shape,
+    fc1_weight: Shape,
+    fc1_bias: Shape | None,
+    fc2_weight: Shape,
+    fc2_bias: Shape | None,
+    conv_weight: Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * _layer(input, fc1_weight) + _convolution(input, conv_weight)
+
+
+def _backward(
+    grad_output: Shape,
+    input: Shape,
+    channel_gate: Shape,
+    spatial_gate: Shape,
+    fc1_weight: Shape,
+    fc1_bias: Shape | None,
+    fc2_weight: Shape,
+    fc2_bias: Shape | None,
+    conv_weight: Shape,
+    conv_bias: Shape | None,
+    input_grad: bool,
+    mlp_grads: bool,
+    conv_grads: bool,
+    **_: Any,
+) -> int:
+    # To the hidden units and to the maps that the convolution saw, on the way to the input as well
+    # as to the MLP; then to the pooled values, and to the weights.
+    through = input_grad or mlp_grads
+    layers = through + input_grad + 2 * mlp_grads
+    return layers * _layer(input, fc1_weight) + (through + conv_grads) * _convolution(
+        input, conv_weight
+    )
+
+
+def _logits_backward(
+    grad_output: Shape,
+    input: Shape,
+    channel_gate: Shape,
+    spatial_gate: Shape,
+    grad_channel_gate: Shape,
+    grad_logits: Shape,
+    *parameters_and_groups: Any,
+    **_: Any,
+) -> int:
+    return _backward(grad_output, input, channel_gate, spatial_gate, *parameters_and_groups)
+
+
+def _layer(input: Shape, weight: Shape) -> int:
+    """One layer of the MLP, for both pooled vectors of every sample."""
+    hidden, channels = weight
+    return 2 * 2 * input[0] * channels * hidden
+
+
+def _convolution(input: Shape, weight: Shape) -> int:
+    n, _, height, width = input
+    _, maps, kernel, _ = weight
+    return 2 * n * height * width * maps * kernel * kernel
