@@ -1,8 +1,8 @@
 """Gradients of the operators: the ``torch.autograd.Function`` behind each.
 
-Each Function calls an operator of the library, which knows no derivatives. Those of the operators
-that compute gradients are the derivatives of a formula in plain PyTorch: they are for second and
-higher orders.
+Each Function calls an operator of the library, which knows no derivatives. Backward calls another
+operator; what that one computes is differentiated again by a formula in plain PyTorch, and so is
+everything in forward mode.
 
 There are two of some. One has a ``setup_context`` and a ``vmap``, as ``torch.func`` wants; for that
 PyTorch binds the arguments by their signature, which takes longer than all else around a small
@@ -284,7 +284,7 @@ def _backward_function(
     def is_computed(result: Tensor) -> bool:
         return result.shape != (0,)  # the kernels' way to leave a gradient out
 
-    def results(ctx: Any, asked: Sequence[int]) -> Callable[..., Results]:
+    def results(asked: Sequence[int]) -> Callable[..., Results]:
         def function(*tensors: Tensor | None) -> Results:
             found = formula(*tensors)
             return tuple(result for i in asked if (result := found[i]) is not None)
@@ -311,7 +311,7 @@ def _backward_function(
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
-            found = _push(results(ctx, ctx.computed), tensors, tangents[: len(tensors)])
+            found = _push(results(ctx.computed), tensors, tangents[: len(tensors)])
             by_index = dict(zip(ctx.computed, found, strict=True))
             return tuple(by_index.get(i) for i in range(ctx.results))
 
@@ -322,7 +322,7 @@ def _backward_function(
             if not asked:
                 return (None, *[None] * len(tensors), *no_flags)
             given = tuple(gradient for gradient in gradients if gradient is not None)
-            return (None, *_pull(results(ctx, asked), tensors, given), *no_flags)
+            return (None, *_pull(results(asked), tensors, given), *no_flags)
 
         @staticmethod
         def vmap(

@@ -363,6 +363,32 @@ def test_export(kind, registered):
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("kind", CBAM_TYPES)
+def test_torchscript(kind, how, registered, tmp_path):
+    model = build(kind)
+    whole = torch.jit.script(model) if how == "script" else torch.jit.trace(model, image())
+    assert str(whole.inlined_graph).count("cbam::forward" if kind == "cbam" else "cbam::") >= 9
+    whole.save(tmp_path / "model.ts")
+    loaded, x = torch.jit.load(tmp_path / "model.ts"), image(3, 96)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_compilation_serves_all_sizes(registered):
+    model = build("cbam", encoder_depth=2).train()
+    compiled = torch.compile(
+        copy.deepcopy(model), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for i, (batch, size) in enumerate([(3, 40), (2, 52), (4, 28)]):
+        x = image(batch, size)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            found = compiled(x)
+            found.square().sum().backward()
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", CBAM_TYPES)
 def test_compile_fullgraph(backend, kind, registered):
