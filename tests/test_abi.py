@@ -112,6 +112,8 @@ def test_what_is_audited() -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.partition(".")[0])
 def test_symbols(library: Path) -> None:
+    if library.name == _library.CUDA_LIBRARY and not _library.torch_has_cuda():
+        pytest.skip("what it needs of torch is not here")
     assert foreign_symbols(library) == set()
 
 

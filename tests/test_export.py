@@ -166,6 +166,7 @@ def test_aot_inductor_package_in_a_fresh_process(
     torch.save((x, model(x)), tmp_path / "expected.pt")
     code = """
 import sys, torch, cbam_ext
+import torch._inductor.codecache  # which torch 2.10 forgets
 model = torch._inductor.aoti_load_package(sys.argv[1])
 x, expected = torch.load(sys.argv[2])
 torch.testing.assert_close(model(x), expected)

@@ -141,7 +141,8 @@ def test_hessian(outer: Callable, argnum: int, generator: torch.Generator) -> No
         return outer(jacrev(loss))(arguments[argnum])
 
     found, expected = second(cbam_ext.cbam), second(reference.cbam)
-    assert expected.abs().max() > 0
+    if argnum == 5:  # behind a dead ReLU, that of the MLP's weights is zero
+        assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected)
 
 
