@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function, forward_ad
+from torch.nn import functional as F
 
 from . import _formulas, reference
 from ._calls import below_autograd, call
@@ -195,6 +196,74 @@ def _eager(function: type[Function]) -> type[Function]:
 
 _EagerSpatialLogits = _eager(_SpatialLogits)
 _EagerApplyGates = _eager(_ApplyGates)
+
+
+class _EagerBatchNorm(Function):
+    """(weight and bias of the norm, input, parameters) -> output, around a BatchNorm that trains.
+
+    What :class:`_SpatialLogits`, the norm and :class:`_ApplyGates` do together, as one node: for a
+    small feature map those three take longer than the kernels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        namespace: str,
+        statistics: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        input: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        channel_gate, logits = below_autograd(namespace, "_logits", input, *parameters)
+        normed, *moments = torch.native_batch_norm(
+            logits, weight, bias, *statistics, True, momentum, eps
+        )
+        output = below_autograd(namespace, "_apply", input, channel_gate, normed)
+        ctx.namespace, ctx.eps = namespace, eps
+        ctx.save_for_backward(
+            *(weight, bias, input, *parameters, channel_gate, logits, normed, *moments)
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():
+            return *[None] * 4, *_EagerBatchNorm._differentiable(ctx, grad_output, wanted)
+        weight, _, input, *parameters, channel_gate, logits, normed, mean, deviation = (
+            ctx.saved_tensors
+        )
+        grad_channel_gate, grad_normed, spatial_gate = call(
+            ctx.namespace, "_apply_backward", grad_output, input, channel_gate, normed
+        )
+        grad_logits, *grad_norm = torch.ops.aten.native_batch_norm_backward(
+            *(grad_normed, logits, weight, None, None, mean, deviation, True, ctx.eps),
+            [True, wanted[0], wanted[1]],
+        )
+        gradients = call(
+            ctx.namespace,
+            "_logits_backward",
+            *(grad_output, input, channel_gate, spatial_gate, grad_channel_gate, grad_logits),
+            *(*parameters, *_groups(wanted[2:])),
+        )
+        return *[None] * 4, *_select((*grad_norm, *gradients), wanted)
+
+    @staticmethod
+    def _differentiable(
+        ctx: Any, grad_output: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients as functions of everything, to be differentiated again."""
+        arguments = ctx.saved_tensors[: 3 + PARAMETERS]
+        weight, bias, input, *parameters = arguments
+        channel_gate, logits = call(ctx.namespace, "_logits", input, *parameters)
+        normed = F.batch_norm(logits, None, None, weight, bias, True, eps=ctx.eps)
+        output = call(ctx.namespace, "_apply", input, channel_gate, normed)
+        leaves = [t for t, want in zip(arguments, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(output, leaves, grad_output, create_graph=True))
+        return tuple(next(found) if want else None for want in wanted)
 
 
 # ---------------------------------------------------------- in two phases, each operator for itself

@@ -90,6 +90,14 @@ class CBAM(nn.Module):
             return functional.cbam(input, *self._parameters_of_op())
         if _folds(norm):
             return functional.cbam(input, *self._folded_parameters(norm))
+        if _trains_unseen(norm) and functional.use_kernels(input):
+            try:
+                output = ops.around_batch_norm(norm, input, *self._parameters_of_op())
+            except RuntimeError:
+                check_arguments(input, *self._parameters_of_op())
+                raise
+            if output is not None:
+                return output
         channel_gate, logits, carriers = self._logits(input)
         return _apply_gates(input, channel_gate, _normalise(norm, logits), carriers)
 
@@ -217,10 +225,23 @@ def _folds(norm: nn.Module) -> bool:
     return (
         isinstance(norm, _BatchNorm)
         and not norm.training
-        and not norm._forward_pre_hooks
-        and not norm._forward_hooks
+        and not _is_hooked(norm)
         and norm.running_mean is not None
         and norm.running_var is not None
+    )
+
+
+def _trains_unseen(norm: nn.Module) -> bool:
+    """Whether ``norm`` is a plain BatchNorm in training, which nobody would miss if not called."""
+    return type(norm) is nn.BatchNorm2d and norm.training and not _is_hooked(norm)
+
+
+def _is_hooked(norm: nn.Module) -> bool:
+    return bool(
+        norm._forward_pre_hooks
+        or norm._forward_hooks
+        or norm._backward_pre_hooks
+        or norm._backward_hooks
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -29,6 +29,7 @@ from ._autograd import (
     _Apply,
     _ApplyGates,
     _EagerApplyGates,
+    _EagerBatchNorm,
     _EagerForward,
     _EagerSpatialLogits,
     _Forward,
@@ -119,6 +120,33 @@ def apply_gates(
         return operators(namespace)._apply(input, channel_gate, logits)
     plain = ordinary or torch.compiler.is_compiling()
     return (_EagerApplyGates if plain else _ApplyGates).apply(namespace, *arguments)
+
+
+def around_batch_norm(
+    norm: nn.BatchNorm2d, input: Tensor, *parameters: Tensor | None, namespace: str = "cbam"
+) -> Tensor | None:
+    """Both phases around a BatchNorm that trains; None where they have to be called for themselves.
+
+    The norm is not called: the caller has made sure that nobody looks at it.
+    """
+    weight, bias = norm.weight, norm.bias
+    statistics = norm.running_mean, norm.running_var
+    dtypes = {t.dtype for t in (weight, bias, *statistics) if t is not None}
+    arguments = (weight, bias, input, *parameters)
+    if (
+        norm.momentum is None
+        or not dtypes <= {reference.accumulator_dtype(input.dtype)}
+        # One number has no variance, which the norm explains.
+        or input.dim() != 4
+        or input.numel() <= input.size(1)
+        or not is_ordinary((*arguments, *statistics))
+        or not wants_gradient(arguments)
+    ):
+        return None
+    output = _EagerBatchNorm.apply(namespace, statistics, norm.momentum, norm.eps, *arguments)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return output
 
 
 # --------------------------------------------------------------------------------- fake kernels

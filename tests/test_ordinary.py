@@ -3,6 +3,8 @@ the operators stay in sight."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cbam_ext
-from cbam_ext import _calls, functional, ops
+from cbam_ext import _calls, functional, ops, reference
 
 Step = Callable[[Arguments, Tensor], list[Tensor | None]]
 
@@ -120,6 +122,110 @@ def test_a_training_step_takes_the_short_way(
     with torch.no_grad():
         module.train(norm_layer is not nn.BatchNorm2d)(x)
         module.attention(x)
+
+
+def _norm_step(module: cbam_ext.CBAM, x: Tensor, upstream: Tensor) -> list[Tensor | None]:
+    """Output, gradients and statistics of one step of a copy."""
+    module, leaf = copy.deepcopy(module), x.detach().requires_grad_(x.requires_grad)
+    output = module(leaf)
+    if output.requires_grad:
+        output.backward(upstream)
+    gradients = [p.grad for p in module.parameters()]
+    return [output.detach(), leaf.grad, *gradients, *module.buffers()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", ["nothing", "norm", "mlp", "input", "all but norm", "all"])
+def test_a_batch_norm_in_one_node_gives_the_same_bits(
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    frozen: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    module = cbam_ext.CBAM(6, norm_layer=functools.partial(nn.BatchNorm2d, **options), dtype=wide)
+    x = torch.randn(2, 6, 5, 4, generator=generator).to(dtype).requires_grad_()
+    norm = set(module.spatial.norm.parameters())
+    if frozen in ("norm", "all"):
+        module.spatial.norm.requires_grad_(False)
+    if frozen in ("mlp", "all"):
+        module.channel.requires_grad_(False)
+    if frozen == "all but norm":
+        for parameter in set(module.parameters()) - norm:
+            parameter.requires_grad_(False)
+    if frozen in ("input", "all", "all but norm"):
+        x.requires_grad_(False)
+    if frozen == "all":
+        module.requires_grad_(False)
+    upstream = draw_like(x, generator)
+    found = _norm_step(module, x, upstream)
+    monkeypatch.setattr(cbam_ext.module, "_trains_unseen", lambda norm: False)
+    for a, b in zip(found, _norm_step(module, x, upstream), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.equal(a, b) if a.dtype == torch.int64 else same_bits(a, b)
+
+
+def test_a_batch_norm_in_one_node_differentiates_twice(generator: torch.Generator) -> None:
+    module = cbam_ext.CBAM(4, hidden_channels=2, norm_layer=nn.BatchNorm2d, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    upstream = draw_like(x, generator).requires_grad_()
+    wanted = [x, upstream, *module.parameters()]
+
+    def penalty(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x, *module.parameters()]
+        first = torch.autograd.grad(call(x), leaves, upstream, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), wanted)
+
+    def plain(x: Tensor) -> Tensor:
+        parameters = module._parameters_of_op()
+        gate = reference.channel_gate(x, *parameters[:4])
+        logits = reference.spatial_logits(x, gate, *parameters[4:])
+        return reference.apply_gates(x, gate, module.spatial.norm(logits))
+
+    assert "BatchNorm" in type(module(x).grad_fn).__name__
+    for a, b in zip(penalty(module), penalty(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_norm_explains_a_single_value(generator: torch.Generator) -> None:
+    module = cbam_ext.CBAM(4, norm_layer=nn.BatchNorm2d)
+    x = torch.randn(1, 4, 1, 1, generator=generator, requires_grad=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        module(x)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (4,), (2, 4, 3), (2, 4, 0, 3)], ids=str)
+def test_a_batch_norm_is_as_before_after_an_error(shape: tuple[int, ...]) -> None:
+    module = cbam_ext.CBAM(4, norm_layer=nn.BatchNorm2d)
+    with pytest.raises(ValueError, match="fc1_weight must have shape|input must have"):
+        module(torch.randn(shape))
+    fresh = nn.BatchNorm2d(1)
+    for name, value in module.spatial.norm.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_a_norm_that_trains_run(register: str, generator: torch.Generator) -> None:
+    module = cbam_ext.CBAM(4, norm_layer=nn.BatchNorm2d)
+    seen: list[nn.Module] = []
+    getattr(module.spatial.norm, register)(lambda norm, *_: seen.append(norm))
+    module(torch.randn(2, 4, 3, 3, generator=generator)).sum().backward()
+    assert seen == [module.spatial.norm]
 
 
 def test_dispatch_modes_see_the_operators(backend: Backend, generator: torch.Generator) -> None:
