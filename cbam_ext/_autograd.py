@@ -15,7 +15,7 @@ Every Function takes the name of the operators' namespace as its first argument 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,6 +198,15 @@ _EagerSpatialLogits = _eager(_SpatialLogits)
 _EagerApplyGates = _eager(_ApplyGates)
 
 
+class BatchNorm(NamedTuple):
+    """What there is to a BatchNorm beside its weight and bias."""
+
+    dtype: torch.dtype
+    statistics: tuple[Tensor | None, Tensor | None]  # running mean and variance
+    momentum: float
+    eps: float
+
+
 class _EagerBatchNorm(Function):
     """(weight and bias of the norm, input, parameters) -> output, around a BatchNorm that trains.
 
@@ -209,20 +218,20 @@ class _EagerBatchNorm(Function):
     def forward(
         ctx: Any,
         namespace: str,
-        statistics: tuple[Tensor | None, Tensor | None],
-        momentum: float,
-        eps: float,
+        norm: BatchNorm,
         weight: Tensor | None,
         bias: Tensor | None,
         input: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
         channel_gate, logits = below_autograd(namespace, "_logits", input, *parameters)
+        logits = logits.to(norm.dtype)
         normed, *moments = torch.native_batch_norm(
-            logits, weight, bias, *statistics, True, momentum, eps
+            logits, weight, bias, *norm.statistics, True, norm.momentum, norm.eps
         )
+        normed = normed.to(channel_gate.dtype)
         output = below_autograd(namespace, "_apply", input, channel_gate, normed)
-        ctx.namespace, ctx.eps = namespace, eps
+        ctx.namespace, ctx.norm = namespace, norm
         ctx.save_for_backward(
             *(weight, bias, input, *parameters, channel_gate, logits, normed, *moments)
         )
@@ -230,9 +239,9 @@ class _EagerBatchNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return *[None] * 4, *_EagerBatchNorm._differentiable(ctx, grad_output, wanted)
+            return None, None, *_EagerBatchNorm._differentiable(ctx, grad_output, wanted)
         weight, _, input, *parameters, channel_gate, logits, normed, mean, deviation = (
             ctx.saved_tensors
         )
@@ -240,16 +249,17 @@ class _EagerBatchNorm(Function):
             ctx.namespace, "_apply_backward", grad_output, input, channel_gate, normed
         )
         grad_logits, *grad_norm = torch.ops.aten.native_batch_norm_backward(
-            *(grad_normed, logits, weight, None, None, mean, deviation, True, ctx.eps),
-            [True, wanted[0], wanted[1]],
+            *(grad_normed.to(logits.dtype), logits, weight, None, None, mean, deviation),
+            *(True, ctx.norm.eps, [True, wanted[0], wanted[1]]),
         )
+        grad_logits = grad_logits.to(grad_normed.dtype)
         gradients = call(
             ctx.namespace,
             "_logits_backward",
             *(grad_output, input, channel_gate, spatial_gate, grad_channel_gate, grad_logits),
             *(*parameters, *_groups(wanted[2:])),
         )
-        return *[None] * 4, *_select((*grad_norm, *gradients), wanted)
+        return None, None, *_select((*grad_norm, *gradients), wanted)
 
     @staticmethod
     def _differentiable(
@@ -259,8 +269,10 @@ class _EagerBatchNorm(Function):
         arguments = ctx.saved_tensors[: 3 + PARAMETERS]
         weight, bias, input, *parameters = arguments
         channel_gate, logits = call(ctx.namespace, "_logits", input, *parameters)
-        normed = F.batch_norm(logits, None, None, weight, bias, True, eps=ctx.eps)
-        output = call(ctx.namespace, "_apply", input, channel_gate, normed)
+        normed = F.batch_norm(
+            logits.to(ctx.norm.dtype), None, None, weight, bias, True, eps=ctx.norm.eps
+        )
+        output = call(ctx.namespace, "_apply", input, channel_gate, normed.to(logits.dtype))
         leaves = [t for t, want in zip(arguments, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(output, leaves, grad_output, create_graph=True))
         return tuple(next(found) if want else None for want in wanted)

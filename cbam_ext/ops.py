@@ -26,6 +26,7 @@ from . import _flops, _library, reference
 from ._autograd import (
     BACKWARD,
     PARAMETERS,
+    BatchNorm,
     _Apply,
     _ApplyGates,
     _EagerApplyGates,
@@ -135,7 +136,7 @@ def around_batch_norm(
     arguments = (weight, bias, input, *parameters)
     if (
         norm.momentum is None
-        or not dtypes <= {reference.accumulator_dtype(input.dtype)}
+        or len(dtypes) > 1
         # One number has no variance, which the norm explains.
         or input.dim() != 4
         or input.numel() <= input.size(1)
@@ -143,7 +144,9 @@ def around_batch_norm(
         or not wants_gradient(arguments)
     ):
         return None
-    output = _EagerBatchNorm.apply(namespace, statistics, norm.momentum, norm.eps, *arguments)
+    dtype = dtypes.pop() if dtypes else reference.accumulator_dtype(input.dtype)
+    settings = BatchNorm(dtype, statistics, norm.momentum, norm.eps)
+    output = _EagerBatchNorm.apply(namespace, settings, *arguments)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return output

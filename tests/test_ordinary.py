@@ -139,17 +139,27 @@ def _norm_step(module: cbam_ext.CBAM, x: Tensor, upstream: Tensor) -> list[Tenso
     [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("frozen", ["nothing", "norm", "mlp", "input", "all but norm", "all"])
 def test_a_batch_norm_in_one_node_gives_the_same_bits(
     options: dict[str, Any],
     dtype: torch.dtype,
+    wide: torch.dtype,
     frozen: str,
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    module = cbam_ext.CBAM(6, norm_layer=functools.partial(nn.BatchNorm2d, **options), dtype=wide)
+    norm_layer = functools.partial(nn.BatchNorm2d, **options)
+    module = cbam_ext.CBAM(6, norm_layer=norm_layer, dtype=wide)
     x = torch.randn(2, 6, 5, 4, generator=generator).to(dtype).requires_grad_()
     norm = set(module.spatial.norm.parameters())
     if frozen in ("norm", "all"):
