@@ -24,6 +24,11 @@ from cbam_ext import ops
 
 NORMS = [None, nn.BatchNorm2d, nn.Identity]
 
+# The first backward of a process settles which threads autograd starts, and with a thread per
+# device no forked child may differentiate. torch.export and torch.compile register a device even
+# where there is none: the first backward has to come before the tests that call them.
+torch.ones((), requires_grad=True).backward()
+
 
 def training_step(module: nn.Module, x: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
     """Output, gradients, and buffers after the step; leaves the module as it was."""
