@@ -322,9 +322,15 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, factor: float = 1)
 
 
 def assert_gradients_close(
-    actual: Sequence[Tensor | None], arguments: Arguments, grad_output: Tensor
+    actual: Sequence[Tensor | None],
+    arguments: Arguments,
+    grad_output: Tensor,
+    conv_scale: float = 1,
 ) -> None:
-    """Compares gradients (None: not asked for) with the truth, each by its own measure."""
+    """Compares gradients (None: not asked for) with the truth, each by its own measure.
+
+    Those of the convolution may be so many times the truth.
+    """
     expected = true_gradients(arguments, grad_output)
     if actual[0] is not None:
         assert actual[0].dtype == arguments.input.dtype
@@ -336,7 +342,9 @@ def assert_gradients_close(
             assert gradient is None
             continue
         assert gradient.dtype == argument.dtype, NAMES[i]
-        _assert_within(gradient, expected[i], sizes[i - 1], f"gradient of {NAMES[i]}")
+        factor = conv_scale if NAMES[i].startswith("conv") else 1
+        wanted, size = factor * expected[i], factor * sizes[i - 1]
+        _assert_within(gradient, wanted, size, f"gradient of {NAMES[i]}")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
