@@ -13,19 +13,24 @@ from __future__ import annotations
 from . import _library, ops, reference
 from ._version import __version__
 from .aten import decompositions
+from .conversion import convert, load_peer_state_dict, to_plain
 from .functional import cbam
 from .jit import load
-from .module import CBAM
+from .module import CBAM, Residual
 from .onnx import onnx_translation_table
 
 __all__ = [
     "CBAM",
+    "Residual",
     "__version__",
     "cbam",
+    "convert",
     "decompositions",
     "load",
+    "load_peer_state_dict",
     "onnx_translation_table",
     "reference",
+    "to_plain",
 ]
 
 _library.load()

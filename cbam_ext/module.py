@@ -178,6 +178,28 @@ class CBAM(nn.Module):
         return channel_gate, logits, None
 
 
+class Residual(nn.Module):
+    """``input + cbam(input)``, as some implementations of CBAM do by themselves.
+
+    Args:
+        cbam: the module whose output is added to its input.
+
+    Shape:
+        ``[N, C, H, W]`` to ``[N, C, H, W]``.
+
+    Example:
+        >>> Residual(CBAM(64))(torch.rand(1, 64, 14, 14)).shape
+        torch.Size([1, 64, 14, 14])
+    """
+
+    def __init__(self, cbam: nn.Module) -> None:
+        super().__init__()
+        self.cbam = cbam
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.cbam(input)
+
+
 # nn.Module finds parameters and submodules after all else, at two microseconds each. So these look
 # first where they are held; they may be elsewhere, as a weight is that is parametrized.
 

@@ -1,0 +1,1 @@
+"""What :mod:`cbam_ext.conversion` consists of."""

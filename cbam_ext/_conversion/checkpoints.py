@@ -1,0 +1,257 @@
+"""Checkpoints of models with other people's CBAM, by the names that those give their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..module import CBAM, Residual
+from .recognition import translate_conv
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The names that one implementation gives to its layers.
+
+    ``swapped``: channel 0 of its convolution sees the maximum. ``residual``: it adds its input.
+    """
+
+    source: str
+    fc1: str
+    fc2: str
+    conv: str
+    norm: str | None = None
+    swapped: bool = False
+    residual: bool = False
+
+    def layers(self) -> dict[str, str]:
+        """Their names by ours."""
+        layers = {"channel.fc1": self.fc1, "channel.fc2": self.fc2, "spatial.conv": self.conv}
+        return layers if self.norm is None else {**layers, "spatial.norm": self.norm}
+
+    def at(self, base: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether ``state`` has this form's layers under ``base``."""
+        weights = [state.get(f"{base}{name}.weight") for name in (self.fc1, self.fc2, self.conv)]
+        if any(weight is None for weight in weights):
+            return False
+        fc1, fc2, conv = (tuple(weight.shape) for weight in weights)  # type: ignore[union-attr]
+        return fc1[:2] == fc2[:2][::-1] and len(conv) == 4 and conv[:2] == (1, 2)
+
+
+_FORMS = (
+    _Form(
+        "Jongchan/attention-module (the authors)",
+        "ChannelGate.mlp.1",
+        "ChannelGate.mlp.3",
+        "SpatialGate.spatial.conv",
+        "SpatialGate.spatial.bn",
+        swapped=True,
+    ),
+    _Form("timm", "channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn"),
+    _Form("luuuyi/CBAM.PyTorch", "ca.fc.0", "ca.fc.2", "sa.conv1"),
+    _Form("luuuyi/CBAM.PyTorch, older", "ca.fc1", "ca.fc2", "sa.conv1"),
+    # Its classifier has a pair at each end.
+    _Form("luuuyi/CBAM.PyTorch", "ca1.fc.0", "ca1.fc.2", "sa1.conv1"),
+    _Form("luuuyi/CBAM.PyTorch, older", "ca1.fc1", "ca1.fc2", "sa1.conv1"),
+    _Form(
+        "open-mmlab/mmyolo",
+        "channel_attention.fc.0.conv",
+        "channel_attention.fc.1.conv",
+        "spatial_attention.conv.conv",
+    ),
+    _Form(
+        "xmu-xiaoma666/External-Attention-pytorch",
+        "ca.se.0",
+        "ca.se.2",
+        "sa.conv",
+        swapped=True,
+        residual=True,
+    ),
+    _Form(
+        "Peachypie98/CBAM",
+        "cam.linear.0",
+        "cam.linear.2",
+        "sam.conv",
+        swapped=True,
+        residual=True,
+    ),
+    _Form("braindecode", "fc.0", "fc.2", "conv"),
+)
+
+# Names that tell of something else than a CBAM, by what they end in.
+_OTHERS = {
+    "channel_attention.fc.weight": "the CBAM of ultralytics, whose MLP is a single layer",
+    "spatial_attention.cv1.weight": "the CBAM of ultralytics, whose MLP is a single layer",
+    "cam.linear_max.0.weight": "an early Peachypie98/CBAM, with an MLP for each pooling",
+    "cam.linear_avg.0.weight": "an early Peachypie98/CBAM, with an MLP for each pooling",
+}
+
+
+def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Loads a checkpoint made with somebody else's CBAM into a model with ours, strictly.
+
+    ``module`` is the model of the checkpoint with our CBAM in its place: what
+    :func:`cbam_ext.convert` makes of it, or a model that was written so. Every CBAM takes the names
+    of the authors' code, timm, luuuyi (both namings), mmyolo, External-Attention, Peachypie98 and
+    braindecode, or ours; all other tensors keep their names. A "module." that DataParallel put
+    before all names, and a dict that holds the tensors under "state_dict", are undone.
+
+    Args:
+        module: a model with :class:`cbam_ext.CBAM` in it, or one itself. Where that of the
+            checkpoint adds its input, it has to be a :class:`cbam_ext.Residual`.
+        state_dict: names and tensors.
+
+    Returns:
+        For each CBAM that was translated, by its name in ``module``, where its form comes from.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.Module``, ``state_dict`` no mapping of tensors.
+        RuntimeError: tensors are missing, left over, or of another shape, or stand for something
+            that is not a CBAM. ``module`` is then unchanged.
+
+    Example:
+        >>> ours = cbam_ext.CBAM(32, hidden_channels=2)
+        >>> theirs = {
+        ...     "ca.fc1.weight": torch.rand(2, 32, 1, 1),
+        ...     "ca.fc2.weight": torch.rand(32, 2, 1, 1),
+        ...     "sa.conv1.weight": torch.rand(1, 2, 7, 7),
+        ... }
+        >>> cbam_ext.load_peer_state_dict(ours, theirs)
+        {'': 'luuuyi/CBAM.PyTorch, older'}
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"load_peer_state_dict: module must be a torch.nn.Module, got {type(module).__name__}"
+        )
+    state = _tensors(state_dict)
+    own = module.state_dict()
+    problems: list[str] = []
+    translated: dict[str, str] = {}
+    for name, target in _targets(module):
+        prefix = f"{name}." if name else ""
+        found = next(_forms_of(name, state), None)
+        if found is None:
+            continue  # in our own names, or missing, which the comparison below tells
+        form, base = found
+        translated[name] = form.source
+        problems += [
+            f"{name or 'the module'}: {text}" for text in _misfits(target, form, base, state)
+        ]
+        inner = prefix + ("cbam." if isinstance(target, Residual) else "")
+        _translate(state, form, base, inner, own)
+    if not problems:
+        problems = list(_differences(state, own))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise RuntimeError(f"load_peer_state_dict: nothing was loaded, because\n{listed}")
+    module.load_state_dict(state)
+    return translated
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = state_dict
+    if isinstance(inner, Mapping) and isinstance(inner.get("state_dict"), Mapping):
+        inner = inner["state_dict"]
+    if not isinstance(inner, Mapping) or not all(isinstance(v, Tensor) for v in inner.values()):
+        raise TypeError(
+            "load_peer_state_dict: state_dict must map names to tensors, or hold such a mapping "
+            f'under "state_dict", got {type(state_dict).__name__}'
+        )
+    if inner and all(name.startswith("module.") for name in inner):
+        return {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+    return dict(inner)
+
+
+def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
+    inside = []
+    for name, inner in module.named_modules(remove_duplicate=False):
+        if isinstance(inner, Residual) and isinstance(inner.cbam, CBAM):
+            inside.append(f"{name}.cbam" if name else "cbam")
+            yield name, inner
+        elif isinstance(inner, CBAM) and name not in inside:
+            yield name, inner
+
+
+def _forms_of(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[_Form, str]]:
+    """The forms that the CBAM called ``name`` has in ``state``, and what stands before the names.
+
+    Gates that a block multiplied itself stand beside each other in that block; their CBAM has the
+    name of the first (or any, where the block has but one).
+    """
+    base = f"{name}." if name else ""
+    yield from ((form, base) for form in _FORMS if form.at(base, state))
+    if name:
+        parent, _, last = name.rpartition(".")
+        base = f"{parent}." if parent else ""
+        here = [form for form in _FORMS if form.at(base, state)]
+        named = [form for form in here if form.fc1.split(".")[0] == last]
+        pairs = {form.fc1.split(".")[0] for form in here}
+        yield from ((form, base) for form in (named or (here if len(pairs) == 1 else [])))
+
+
+def _translate(
+    state: dict[str, Tensor], form: _Form, base: str, prefix: str, own: Mapping[str, Tensor]
+) -> None:
+    """Renames and reshapes the tensors of one CBAM in ``state``."""
+    moved = {}
+    for ours, theirs in form.layers().items():
+        for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            value = state.pop(f"{base}{theirs}.{tensor}", None)
+            if value is None:
+                continue
+            if tensor == "weight" and ours == "spatial.conv":
+                value = translate_conv(value, form.swapped)
+            elif tensor == "weight" and ours != "spatial.norm":
+                value = value.flatten(1)
+            moved[f"{prefix}{ours}.{tensor}"] = value
+    counter = f"{prefix}spatial.norm.num_batches_tracked"
+    if f"{prefix}spatial.norm.running_var" in moved and counter in own:
+        moved.setdefault(counter, own[counter])  # files of PyTorch before 0.4.1 have none
+    state.update(moved)
+
+
+def _misfits(
+    target: CBAM | Residual, form: _Form, base: str, state: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """How ``target`` would have to be built for this checkpoint."""
+    whose = f"the checkpoint's CBAM ({form.source})"
+    if form.residual and not isinstance(target, Residual):
+        yield f"{whose} adds its input; build it as cbam_ext.Residual(cbam_ext.CBAM(...))"
+    elif isinstance(target, Residual) and not form.residual:
+        yield f"{whose} does not add its input, but cbam_ext.Residual does"
+    cbam = target.cbam if isinstance(target, Residual) else target
+    hidden, channels = state[f"{base}{form.fc1}.weight"].shape[:2]
+    kernel = max(state[f"{base}{form.conv}.weight"].shape[2:])
+    given = {"in_channels": channels, "hidden_channels": hidden, "kernel_size": kernel}
+    for option, value in given.items():
+        if getattr(cbam, option) != value:
+            yield f"the checkpoint has {option}={value}, the module {getattr(cbam, option)}"
+    layers = {
+        "mlp_bias": (f"{form.fc2}.bias", cbam.channel.fc2.bias is not None),
+        "conv_bias": (f"{form.conv}.bias", cbam.spatial.conv.bias is not None),
+    }
+    for option, (name, present) in layers.items():
+        if (f"{base}{name}" in state) != present:
+            yield f"the checkpoint needs {option}={f'{base}{name}' in state}"
+    has_norm = form.norm is not None and f"{base}{form.norm}.running_var" in state
+    if has_norm != (cbam.spatial.norm is not None):
+        wanted = "torch.nn.BatchNorm2d" if has_norm else "None"
+        yield f"the checkpoint needs norm_layer={wanted}"
+
+
+def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in own.items():
+        if name not in state:
+            yield f"{name} is missing"
+        elif state[name].shape != tensor.shape:
+            yield f"{name} has shape {list(state[name].shape)}, needed is {list(tensor.shape)}"
+    for name, tensor in state.items():
+        if name in own:
+            continue
+        other = next((text for end, text in _OTHERS.items() if name.endswith(end)), None)
+        if name.endswith("spatial.conv.conv.weight") and tensor.shape[:2] == (1, 1):
+            other = "timm's LightCbamModule, whose convolution sees one map"
+        yield f"{name} is left over" + (f": it is of {other}" if other else "")

@@ -1,0 +1,307 @@
+"""Finds a channel gate and a spatial gate that a larger module multiplies in its own forward.
+
+torch.fx traces that forward, with every submodule as one node. Where the graph shows that the two
+gates and their products are a CBAM and that nothing else looks at what lies between, they become
+one node, and the module a ``torch.fx.GraphModule`` with the new forward. A forward that cannot be
+traced, does something else in training, or uses its gates otherwise is left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .graphs import graph_module, trace
+from .recognition import (
+    TOLERANCE,
+    RefusalError,
+    Structure,
+    build,
+    dense_shape,
+    distance,
+    find_structures,
+    is_hooked,
+    is_norm,
+    is_spatial,
+    recognise,
+    weight_layers,
+)
+
+# A product in place is traced as an ordinary one; whether that matters, the comparison tells.
+_PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
+# Image sizes that a block, or a whole classifier, may be tried on.
+_SIZES = (64, 224)
+
+
+def is_channel_gate(module: nn.Module) -> bool:
+    """Whether ``module`` has the layers of a shared MLP, and no others."""
+    shapes = [dense_shape(layer) for layer in weight_layers(module).values()]
+    return len(shapes) == 2 and shapes[0] is not None and shapes[0][::-1] == shapes[1]
+
+
+def is_spatial_gate(module: nn.Module) -> bool:
+    """Whether ``module`` has a convolution from two maps to one, at most a norm, no other layer."""
+    layers = list(weight_layers(module).values())
+    convs = [layer for layer in layers if is_spatial(layer)]
+    return len(convs) == 1 and all(layer is convs[0] or is_norm(layer) for layer in layers)
+
+
+def has_pair(parent: nn.Module) -> bool:
+    """Whether direct children of ``parent`` may be the two halves of a CBAM."""
+    children = list(parent.children())
+    return any(map(is_channel_gate, children)) and any(map(is_spatial_gate, children))
+
+
+class Pair(nn.Module):
+    """Two gates, put together as a graph says: the module that is compared with a CBAM.
+
+    ``multiplied`` tells for each whether the product is outside of it.
+    """
+
+    def __init__(self, channel: nn.Module, spatial: nn.Module, multiplied: tuple[bool, bool]):
+        super().__init__()
+        self.channel, self.spatial, self.multiplied = channel, spatial, multiplied
+        self.training = channel.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, multiplied in zip((self.channel, self.spatial), self.multiplied, strict=True):
+            x = gate(x) * x if multiplied else gate(x)
+        return x
+
+
+Replaced = dict[str, tuple[Structure, Pair]]
+
+
+@dataclass
+class _Match:
+    """The nodes of a pair: two gates, the map between them, and the result."""
+
+    pair: Pair
+    structure: Structure
+    channel: fx.Node
+    middle: fx.Node
+    spatial: fx.Node
+    result: fx.Node
+
+
+def replace_pairs(parent: nn.Module, example: tuple[Any, ...] | None) -> tuple[nn.Module, Replaced]:
+    """``parent`` with each pair of gates as one CBAM, and what was replaced, by name.
+
+    ``example`` are arguments that ``parent`` can be called with, for a comparison; without them
+    some are tried.
+
+    Raises:
+        RefusalError: not every spatial gate is provably half of a CBAM.
+    """
+    if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
+        return parent, _replace_in_sequence(parent)
+    if is_hooked(parent):
+        raise RefusalError("it has hooks, which a rewritten forward would lose")
+    graph = _trace(parent)
+    matches = [_match(parent, node) for node in graph.nodes if _calls_spatial(parent, node)]
+    if not matches:
+        raise RefusalError("its forward never calls its spatial gate")
+    additions, replaced = {}, {}
+    for match in matches:
+        name = str(match.channel.target)
+        additions[name] = build(match.pair, match.structure)
+        replaced[name] = (match.structure, match.pair)
+        with graph.inserting_before(match.channel):
+            node = graph.call_module(name, (match.channel.args[0],))
+        match.result.replace_all_uses_with(node)
+        # A gate that returns the refined map is the map's node itself.
+        for node in dict.fromkeys((match.result, match.spatial, match.middle, match.channel)):
+            for reshaped in list(node.users):
+                graph.erase_node(reshaped)
+            graph.erase_node(node)
+    rewritten = _rewritten(parent, graph, additions)
+    _compare(parent, rewritten, example)
+    return rewritten, replaced
+
+
+def _replace_in_sequence(parent: nn.Sequential) -> Replaced:
+    names = list(parent._modules)
+    replaced: Replaced = {}
+    reason = "its gates do not follow each other"
+    for first, second in itertools.pairwise(names):
+        channel, spatial = parent._modules[first], parent._modules[second]
+        if not (is_channel_gate(channel) and is_spatial_gate(spatial)):
+            continue
+        pair = Pair(channel, spatial, (False, False))
+        try:
+            structure = recognise(pair, find_structures(pair))
+        except RefusalError as error:
+            reason = str(error)
+            continue
+        replaced[first] = (structure, pair)
+        parent._modules[first] = build(pair, structure)
+        parent._modules[second] = nn.Identity()
+    if not replaced:
+        raise RefusalError(reason)
+    return replaced
+
+
+# ------------------------------------------------------------------------------------------ trace
+
+
+def _trace(parent: nn.Module) -> fx.Graph:
+    """The graph of ``parent.forward``, if it is the same in training and in inference."""
+    parameters = inspect.signature(parent.forward).parameters.values()
+    if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        raise RefusalError("its forward has optional arguments, so one trace does not show it all")
+    training, graphs = parent.training, []
+    try:
+        for mode in (True, False):
+            parent.training = mode  # of this module alone: the others are not entered
+            graphs.append(trace(parent))
+    except Exception as error:
+        raise RefusalError(
+            f"torch.fx cannot trace its forward: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        parent.training = training
+    code = [graph.python_code("self").src for graph in graphs]
+    if code[0] != code[1]:
+        raise RefusalError("its forward does something else in training")
+    return graphs[0]
+
+
+def _calls(parent: nn.Module, node: object) -> nn.Module | None:
+    if isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1:
+        return parent.get_submodule(str(node.target)) if not node.kwargs else None
+    return None
+
+
+def _calls_spatial(parent: nn.Module, node: fx.Node) -> bool:
+    module = _calls(parent, node)
+    return module is not None and is_spatial_gate(module)
+
+
+def _calls_channel(parent: nn.Module, node: fx.Node) -> bool:
+    module = _calls(parent, node)
+    return module is not None and is_channel_gate(module)
+
+
+def _match(parent: nn.Module, spatial: fx.Node) -> _Match:
+    """The CBAM that ``spatial`` is the second half of."""
+    middle, result, spatial_multiplied = _product(spatial)
+    if not isinstance(middle, fx.Node):
+        raise RefusalError("what its spatial gate sees is not in the graph")
+    if _calls_channel(parent, middle):
+        channel, channel_multiplied = middle, False
+    else:
+        inputs = middle.all_input_nodes
+        inputs = [*inputs, *(further for node in inputs for further in node.all_input_nodes)]
+        channel = next((node for node in inputs if _calls_channel(parent, node)), None)
+        if channel is None:
+            raise RefusalError("its spatial gate does not see what its channel gate refined")
+        _, product, channel_multiplied = _product(channel)
+        if product is not middle or not channel_multiplied:
+            raise RefusalError("its channel gate is used for more than one product")
+    between = {spatial, result, *(user for user in spatial.users if _expands(user, spatial))}
+    if not set(middle.users) <= between:
+        raise RefusalError("what lies between its two gates is used elsewhere too")
+    names = (str(channel.target), str(spatial.target))
+    for name in names:
+        if sum(node.target == name for node in spatial.graph.nodes) > 1:
+            raise RefusalError(f"its forward uses {name} more than once")
+    pair = Pair(
+        parent.get_submodule(names[0]),
+        parent.get_submodule(names[1]),
+        (channel_multiplied, spatial_multiplied),
+    )
+    structures = find_structures(pair)
+    if not structures:
+        raise RefusalError("the layers of its two gates are not those of a CBAM")
+    structure = recognise(pair, structures)
+    return _Match(pair, structure, channel, middle, spatial, result)
+
+
+def _product(gate: fx.Node) -> tuple[object, fx.Node, bool]:
+    """What ``gate`` is called with, where the refined map is, and whether by a product outside.
+
+    A call whose result is multiplied by its own argument is a gate; any other is taken to return
+    the refined map, which a comparison will tell.
+    """
+    argument = gate.args[0]
+    users = [user for user in gate.users if not _expands(user, gate)]
+    expanded = [user for user in gate.users if _expands(user, gate)]
+    users += [user for node in expanded for user in node.users]
+    forms = {gate, *expanded}
+    if len(users) == 1 and users[0].target in _PRODUCTS:
+        factors = list(users[0].args)
+        others = [factor for factor in factors if factor not in forms]
+        if len(factors) == 2 and others == [argument]:
+            return argument, users[0], True
+    return argument, gate, False
+
+
+def _expands(node: fx.Node, gate: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "expand_as" and node.args[0] is gate
+
+
+# ---------------------------------------------------------------------------------------- rewrite
+
+
+def _rewritten(
+    parent: nn.Module, graph: fx.Graph, additions: dict[str, nn.Module]
+) -> fx.GraphModule:
+    """A module with the new forward; it and ``parent`` share all other submodules."""
+    root = copy.copy(parent)
+    root._modules = {**parent._modules, **additions}
+    module = graph_module(root, graph, type(parent).__name__)
+    # Others may read what it has beside its submodules, such as a stride.
+    for name, value in vars(parent).items():
+        if not name.startswith("_") and not hasattr(module, name):
+            setattr(module, name, value)
+    return module
+
+
+def _compare(parent: nn.Module, rewritten: nn.Module, example: tuple[Any, ...] | None) -> None:
+    """Runs both for inference, in float64: a trace does not see what Python decides on the way."""
+    before, after = (
+        copy.deepcopy(module).to("cpu", torch.float64).eval() for module in (parent, rewritten)
+    )
+    for inputs in _guessed_inputs(parent) if example is None else (example,):
+        given = _double(inputs)
+        try:
+            with torch.no_grad():
+                truth = before(*given)
+        except Exception:
+            continue  # not an input for this module
+        if any(distance(a, b) > 0 for a, b in _tensors(_double(inputs), given)):
+            raise RefusalError("its forward changes its input in place")
+        with torch.no_grad():
+            found = after(*_double(inputs))
+        if not isinstance(truth, Tensor) or distance(truth, found) > TOLERANCE:
+            raise RefusalError("its rewritten forward computes something else")
+        return
+    raise RefusalError("it could not be run for a comparison; pass example_inputs to convert")
+
+
+def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float64, copy=True)
+
+    return tree_map_only(Tensor, cast, inputs)
+
+
+def _tensors(*inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    return zip(*([t for t in tree_leaves(i) if isinstance(t, Tensor)] for i in inputs), strict=True)
+
+
+def _guessed_inputs(parent: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Maps of as many channels as the first convolution takes."""
+    generator = torch.Generator().manual_seed(0)
+    channels = next((m.in_channels for m in parent.modules() if isinstance(m, nn.Conv2d)), None)
+    for size in _SIZES if channels is not None else ():
+        yield (torch.randn(2, channels, size, size, generator=generator),)
