@@ -18,6 +18,7 @@ from .functional import cbam
 from .jit import load
 from .module import CBAM, Residual
 from .onnx import onnx_translation_table
+from .visualization import visualize
 
 __all__ = [
     "CBAM",
@@ -31,6 +32,7 @@ __all__ = [
     "onnx_translation_table",
     "reference",
     "to_plain",
+    "visualize",
 ]
 
 _library.load()

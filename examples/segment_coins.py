@@ -188,22 +188,13 @@ def predict(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[int, Tensor]]
     """
     height, width = image.shape[2:]
     padded = F.pad(image, (0, -width % 32, 0, -height % 32), mode="replicate")
-    attention: dict[int, Tensor] = {}
-
-    def remember(stage: int):
-        def hook(module: cbam_ext.CBAM, inputs: tuple[Tensor]) -> None:
-            attention[stage] = module.attention(inputs[0])[1].cpu()
-
-        return hook
-
     model.eval()
-    hooks = [
-        model.decoder.blocks[stage].attention2.attention.register_forward_pre_hook(remember(stage))
-        for stage in DRAWN_STAGES
-    ]
     probability = torch.sigmoid(model(padded))[..., :height, :width].cpu()
-    for hook in hooks:
-        hook.remove()
+    maps = cbam_ext.visualize(model, padded, modules="decoder.*.attention2.*")
+    attention = {
+        stage: maps[f"decoder.blocks.{stage}.attention2.attention"].spatial_gate
+        for stage in DRAWN_STAGES
+    }
     return probability, attention
 
 
