@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 import cbam_ext
+from cbam_ext._timing import settle_allocator
 
 from . import report
 from .baselines import MODULES, NEEDS, NORM_MODULES
 from .measure import DTYPES, LAYOUTS, copy_bandwidth, default_shapes, measure_problem
-from .timing import settle_allocator
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -9,9 +9,8 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from .timing import Stopwatch, stopwatch
+from cbam_ext._timing import SavedForBackward, Stopwatch, median_ratios, stopwatch
 
 # Stages of ResNets and of smp's decoders.
 SHAPES = (
@@ -123,8 +122,8 @@ def measure_problem(
             }
         steps["copy"] = _copy(inputs)
         times, calls = _interleaved(steps, rounds, watch)
-        row.milliseconds, row.ratios = _medians(times), _ratios(times)
-        row.call_milliseconds, row.call_ratios = _medians(calls), _ratios(calls)
+        row.milliseconds, row.ratios = _medians(times), median_ratios(times, "ours")
+        row.call_milliseconds, row.call_ratios = _medians(calls), median_ratios(calls, "ours")
         if direction != "forward":
             row.saved_over_input = {
                 name: _saved_bytes(module, first) / first.nbytes
@@ -224,27 +223,9 @@ def _medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
-    return {
-        name: statistics.median(
-            value / ours for value, ours in zip(values, times["ours"], strict=True)
-        )
-        for name, values in times.items()
-    }
-
-
 def _saved_bytes(module: torch.nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for backward, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes that autograd keeps for backward, the input counted, parameters not."""
+    with SavedForBackward(without=module.parameters()) as saved:
         output = module(x.clone().requires_grad_())  # keeps what is saved alive until counted
     del output
-    return sum(kept.values())
+    return saved.bytes

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import cbam_ext
+from cbam_ext._timing import device_name
 
 from .measure import DIRECTIONS, FEWEST_PASSES, STREAMING_PASSES, Row
 
@@ -34,7 +35,7 @@ CUDA_LEGEND = (
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a reader needs to know to place the numbers."""
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cbam_ext": cbam_ext.__version__,
@@ -42,19 +43,6 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _commit() -> str:

@@ -14,6 +14,7 @@ from . import _library, ops, reference
 from ._version import __version__
 from .aten import decompositions
 from .conversion import convert, load_peer_state_dict, to_plain
+from .cost import compare_costs, measure_cost
 from .functional import cbam
 from .jit import load
 from .module import CBAM, Residual
@@ -25,10 +26,12 @@ __all__ = [
     "Residual",
     "__version__",
     "cbam",
+    "compare_costs",
     "convert",
     "decompositions",
     "load",
     "load_peer_state_dict",
+    "measure_cost",
     "onnx_translation_table",
     "reference",
     "to_plain",

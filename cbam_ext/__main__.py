@@ -1,6 +1,7 @@
 """``python -m cbam_ext``: what is installed, what was found, and why something is absent.
 
-``python -m cbam_ext plan 8x64x56x56`` tells what would run on a GPU for a tensor of that shape.
+``python -m cbam_ext plan 8x64x56x56`` tells what would run on a GPU for a tensor of that shape,
+``python -m cbam_ext cost`` measures what attention costs in a segmentation model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _build, _library, jit
+from . import __version__, _build, _cost_command, _library, jit
 from ._checks import DTYPES
 from .plan import Gpu, launch_plan
 
@@ -173,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tells what is installed, what was found, and why something is absent.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    commands = parser.add_subparsers(dest="command", metavar="plan")
+    commands = parser.add_subparsers(dest="command", metavar="{plan,cost}")
     plan = commands.add_parser("plan", help="tell what would run on a GPU for a tensor")
     plan.add_argument("shape", type=_shape, help="NxCxHxW, as in 8x64x56x56")
     plan.add_argument(
@@ -187,16 +188,18 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--multiprocessors", type=int)
     gpu.add_argument("--l2-mib", type=float, metavar="MIB")
     gpu.add_argument("--shared-kib", type=float, metavar="KIB", help="that a block may ask for")
+    _cost_command.add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command == "plan":
+    if options.command is not None:
+        command = {"plan": _plans, "cost": _cost_command.run}[options.command]
         try:
-            print(_plans(options))
-        except (RuntimeError, ValueError) as error:
+            print(command(options))
+        except (ImportError, RuntimeError, ValueError) as error:
             parser.exit(2 if isinstance(error, ValueError) else 1, f"{error}\n")
         return 0
     facts = collect()

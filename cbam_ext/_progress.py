@@ -13,7 +13,7 @@ _DELAY = 3.0  # seconds before the bar appears: most work is done by then
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Hands on ``iterable``, with a bar on stderr once that takes long and where tqdm is there."""
     try:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
     except ImportError:
         yield from iterable
         return

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -215,6 +215,8 @@ class _Conversion:
             if has_pair(module):
                 self._rewrite(name, module)
                 return False  # there may be more inside
+            if any(map(_is_candidate, _inside(module))):
+                return False
             reason = explain_structure(module)
         except RefusalError as error:
             reason = str(error)
@@ -261,6 +263,14 @@ class _Conversion:
             return
         parent, _, child = name.rpartition(".")
         self.model.get_submodule(parent)._modules[child] = module
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return bool(find_structures(module)) or has_pair(module)
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    return (inner for inner in module.modules() if inner is not module)
 
 
 # ------------------------------------------------------------------------------- whole-model check

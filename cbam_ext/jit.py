@@ -41,6 +41,11 @@ def load(verbose: bool = False) -> None:
 
     Raises:
         BuildError: If something that the build needs is missing, or compiling fails.
+
+    Example:
+        >>> cbam_ext.load()
+        >>> torch.ops.cbam.forward.default  # doctest: +ELLIPSIS
+        <OpOverload(op='cbam.forward', overload='default')>
     """
     if _library.is_loaded():
         _warn_if_sources_changed()

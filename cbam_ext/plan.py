@@ -232,6 +232,10 @@ def launch_plan(
     operator makes it contiguous first, and where it begins at no multiple of 16 bytes, it copies
     it; the plan is that of the copy. Without ``gpu`` it is the one of this machine, or else an
     H100.
+
+    Example:
+        >>> print(launch_plan((8, 64, 56, 56)).explain())  # doctest: +ELLIPSIS
+        forward ...
     """
     if isinstance(input, Tensor):
         dtype, shape = input.dtype, tuple(input.shape)

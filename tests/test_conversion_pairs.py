@@ -139,6 +139,16 @@ def test_proven(name: str, generator: torch.Generator) -> None:
         assert torch.equal(tensor, before[key]), key
 
 
+@pytest.mark.parametrize("make", [peers.AuthorsBlock, peers.LuuuyiBlock, peers.UltralyticsCBAM])
+def test_deep_inside_a_small_network(make: Callable[[int], nn.Module]) -> None:
+    """Which has as few layers as some look-alikes, but is none."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Sequential(nn.Sequential(make(32))))
+    _, report = cbam_ext.convert(model, return_report=True)
+    (name,) = [entry.name for entry in (*report.converted, *report.left)]
+    assert name.startswith("1.0.0")
+    assert len(report.left) == (make is peers.UltralyticsCBAM)
+
+
 def test_what_a_rewritten_module_keeps(generator: torch.Generator) -> None:
     theirs = peers.LuuuyiBlock(32, stride=2).eval()
     ours = cbam_ext.convert(nn.Sequential(theirs))[0]

@@ -135,8 +135,6 @@ def explain_structure(module: nn.Module) -> str | None:
 
     None where it does not look so, or where that is rather to be said of a module in it.
     """
-    if any(find_structures(child) or explain_structure(child) for child in module.children()):
-        return None
     layers = weight_layers(module)
     dense = [shape for layer in layers.values() if (shape := dense_shape(layer))]
     spatial = [layer for layer in layers.values() if is_spatial(layer)]
@@ -147,6 +145,8 @@ def explain_structure(module: nn.Module) -> str | None:
     ]
     named = "cbam" in str(getattr(module, "original_name", type(module).__name__)).lower()
     if len(layers) > _MOST_LAYERS or not (named or (spatial and dense)):
+        return None
+    if any(explain_structure(child) for child in module.children()):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; convert the model before scripting it"

@@ -1,12 +1,17 @@
-"""How long a step takes: by the clock on a CPU, by events on a GPU."""
+"""How long a step takes, by the clock on a CPU and by events on a GPU, and what autograd keeps."""
 
 from __future__ import annotations
 
+import gc
+import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 Step = Callable[[], None]
 
@@ -25,24 +30,45 @@ class Stopwatch:
     """Times on a CPU. Turns are short, so that all modules of a round meet the same machine."""
 
     TURN = 0.005  # seconds
+    # After the turn of another module, two steps that do not count fill the caches again. Steps
+    # longer than this many seconds do so in their first part.
+    LONG = 0.1
 
     times_calls = False  # whether `time_calls` says something else than `time`
 
+    def __init__(self) -> None:
+        self._long: set[Step] = set()
+
     def prepare(self, step: Step) -> int:
         """Warm the step up (it compiles, allocates, fills caches); how often a turn repeats it."""
-        timer = self._timer(step)
-        timer.timeit(3)
-        return max(1, int(self.TURN / max(timer.timeit(1).mean, 1e-6)))
+        # Twice, because the first call may compile.
+        if self._clock(step, 1) > self.LONG and self._clock(step, 1) > self.LONG:
+            self._long.add(step)
+            return 1
+        self._clock(step, 4)
+        return max(1, int(self.TURN / max(self.time(step, 1), 1e-6)))
 
     def time(self, step: Step, repeats: int) -> float:
         """Seconds that one step takes, over so many in a row."""
-        return float(self._timer(step).timeit(repeats).mean)
+        if step not in self._long:
+            self._clock(step, 2)
+        return self._clock(step, repeats)
 
     def time_calls(self, step: Step, repeats: int) -> float:
+        """The same for whole calls, with the time to launch them."""
         return self.time(step, repeats)
 
-    def _timer(self, step: Step) -> Timer:
-        return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    def _clock(self, step: Step, repeats: int) -> float:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            return (time.perf_counter() - begin) / repeats
+        finally:
+            if collects:
+                gc.enable()
 
 
 class CudaStopwatch(Stopwatch):
@@ -59,6 +85,7 @@ class CudaStopwatch(Stopwatch):
     CYCLES = 2.0e9  # a second of the sleep kernel, by the fastest clock of today's GPUs
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device = device
         self._launching: dict[Step, float] = {}
 
@@ -106,3 +133,56 @@ class CudaStopwatch(Stopwatch):
 
 def stopwatch(device: torch.device) -> Stopwatch:
     return CudaStopwatch(device) if device.type == "cuda" else Stopwatch()
+
+
+def median_ratios(turns: Mapping[str, Sequence[float]], base: str) -> dict[str, float]:
+    """Times of each name over those of ``base``: the median of the ratios within each turn.
+
+    A machine that is slow for some seconds is so for everything in a turn.
+    """
+    return {
+        name: statistics.median(
+            value / other for value, other in zip(values, turns[base], strict=True)
+        )
+        for name, values in turns.items()
+    }
+
+
+class SavedForBackward(saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward while this context is open.
+
+    A storage counts once and whole, those of ``without`` do not count. Keep the results of what
+    runs inside alive until ``bytes`` has been read: memory that is free again may come twice.
+    """
+
+    def __init__(self, without: Iterable[Tensor]) -> None:
+        self._without = {tensor.untyped_storage().data_ptr() for tensor in without}
+        self._kept: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedForBackward:
+        super().__enter__()
+        return self
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._kept.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._without:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would keep its own graph alive
+
+
+def device_name(device: torch.device) -> str:
+    """The processor or GPU, for people who read measurements."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    facts = Path("/proc/cpuinfo")
+    for line in facts.read_text().splitlines() if facts.exists() else []:
+        if line.startswith("model name"):
+            return f"{line.split(':')[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()

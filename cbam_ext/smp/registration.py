@@ -1,14 +1,4 @@
-"""CBAM in the decoders of segmentation_models_pytorch (smp).
-
->>> import segmentation_models_pytorch as smp
->>> import cbam_ext.smp
->>> cbam_ext.smp.register()
->>> model = smp.Unet("resnet18", encoder_weights=None, decoder_attention_type="cbam")
-
-``smp.Unet``, ``smp.UnetPlusPlus`` and ``smp.create_model`` then accept "cbam", or a dict with the
-options of :class:`cbam_ext.CBAM`, such as ``{"type": "cbam", "reduction": 8, "norm_layer":
-"batchnorm"}``. Importing this module registers nothing and does not need smp.
-"""
+"""Makes smp's own classes take CBAM: ``decoder_attention_type="cbam"`` and ``cbam=``."""
 
 from __future__ import annotations
 
@@ -23,38 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .module import CBAM
-
-__all__ = ["prune_unused", "register", "unregister"]
-
-_SMP = "segmentation_models_pytorch"
-
-# What a dict may hold beside "type". smp gives in_channels; device and dtype are set by model.to().
-_OPTIONS = (
-    "reduction",
-    "kernel_size",
-    "hidden_channels",
-    "mlp_bias",
-    "conv_bias",
-    "norm_layer",
-)
-
-# A name instead of a class survives the JSON in which save_pretrained keeps a model's arguments.
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batchnorm": nn.BatchNorm2d,
-    # Affine, because smp sets the weight and bias of every norm in a decoder.
-    "instancenorm": functools.partial(nn.InstanceNorm2d, affine=True),
-}
+from ..module import CBAM
+from . import placement
+from ._options import SMP, import_smp, resolve_options, smp_version
 
 
 def register() -> None:
-    """Makes smp accept ``decoder_attention_type="cbam"`` and its dict form.
+    """Makes smp accept ``decoder_attention_type="cbam"`` and, for every architecture, ``cbam=``.
 
-    The dict is ``{"type": "cbam"}`` plus any of ``reduction``, ``kernel_size``,
-    ``hidden_channels``, ``mlp_bias``, ``conv_bias`` and ``norm_layer``: None, a name ("batchnorm",
-    "instancenorm"), or a class or function as in :class:`cbam_ext.CBAM`. With a name the dict is
-    plain JSON, so that ``save_pretrained`` and ``from_pretrained`` carry it; the arguments of a
-    model built with a class are not saved, so smp cannot load that model again.
+    ``decoder_attention_type`` of ``smp.Unet`` and ``smp.UnetPlusPlus`` takes "cbam" or the dict
+    ``{"type": "cbam"}`` plus any of ``reduction``, ``kernel_size``, ``hidden_channels``,
+    ``mlp_bias``, ``conv_bias`` and ``norm_layer``: None, a name ("batchnorm", "instancenorm"), or
+    a class or function as in :class:`cbam_ext.CBAM`. With a name the dict is plain JSON, so that
+    ``save_pretrained`` and ``from_pretrained`` carry it; the arguments of a model built with a
+    class are not saved, so smp cannot load that model again. The other architectures have no such
+    attention and smp ignores the argument; now it is a ValueError.
+
+    ``cbam`` is for all architectures: the ``where`` of :func:`add_cbam`, or a dict of its
+    arguments, as in ``smp.FPN("resnet18", cbam={"where": "skips", "reduction": 8})``.
 
     Everything else that smp accepts or refuses stays as it was. A process that loads a saved model
     by ``from_pretrained`` has to register first. Repeated calls change nothing; where smp has a
@@ -63,32 +39,33 @@ def register() -> None:
     Raises:
         ImportError: segmentation_models_pytorch is not installed.
         RuntimeError: this version of smp builds its attention in a way unknown here.
+
+    Example:
+        >>> import segmentation_models_pytorch as smp
+        >>> register()
+        >>> model = smp.create_model("fpn", "resnet18", encoder_weights=None, cbam="skips")
+        >>> unregister()
     """
-    # The method is replaced, not the class: smp refers to the class by two names, and models that
-    # were built before could not be pickled if it changed.
-    attention = _import_smp().base.modules.Attention
-    if _is_ours(attention.__init__):
-        return
-    _check_signature(attention)
-    if _accepts_cbam(attention):
-        warnings.warn(
-            f'segmentation_models_pytorch {_version()} already accepts "cbam"; '
-            "cbam_ext.smp.register() leaves it alone.",
-            UserWarning,
-            stacklevel=2,
-        )
-        return
-    attention.__init__ = _with_cbam(attention.__init__)
+    smp = import_smp()
+    _register_attention(smp.base.modules.Attention)
+    for architecture in _architectures(smp):
+        if not _is_ours(architecture.__init__):
+            architecture.__init__ = _with_placement(architecture.__init__)
 
 
 def unregister() -> None:
-    """Undoes any number of calls of :func:`register`; models built in between keep working."""
-    smp = sys.modules.get(_SMP)
+    """Undoes any number of calls of :func:`register`; models built in between keep working.
+
+    Example:
+        >>> register()
+        >>> unregister()
+    """
+    smp = sys.modules.get(SMP)
     if smp is None:
         return
-    attention = smp.base.modules.Attention
-    if _is_ours(attention.__init__):
-        attention.__init__ = attention.__init__.__wrapped__
+    for patched in (smp.base.modules.Attention, *_architectures(smp)):
+        if _is_ours(patched.__init__):
+            patched.__init__ = patched.__init__.__wrapped__
 
 
 def prune_unused(model: nn.Module) -> nn.Module:
@@ -112,8 +89,14 @@ def prune_unused(model: nn.Module) -> nn.Module:
     Raises:
         ImportError: segmentation_models_pytorch is not installed.
         TypeError: there is no model of smp in ``model``.
+
+    Example:
+        >>> import segmentation_models_pytorch as smp
+        >>> model = smp.Unet("resnet18", encoder_weights=None, decoder_attention_type="scse")
+        >>> prune_unused(model).decoder.blocks[-1].attention1
+        Identity()
     """
-    smp = _import_smp()
+    smp = import_smp()
     if not isinstance(model, nn.Module) or not any(
         isinstance(module, smp.base.SegmentationModel) for module in model.modules()
     ):
@@ -143,6 +126,51 @@ def _blocks_without_skip(model: nn.Module) -> Iterator[nn.Module]:
             yield module.blocks[f"x_0_{module.depth}"]
 
 
+def _architectures(smp: ModuleType) -> list[type[nn.Module]]:
+    """Those with an ``__init__`` of their own; another one's is patched with its owner."""
+    known = smp.MODEL_ARCHITECTURES_MAPPING.values()
+    return [architecture for architecture in known if "__init__" in vars(architecture)]
+
+
+def _with_placement(original: Callable[..., None]) -> Callable[..., None]:
+    """An architecture's ``__init__`` that calls ``add_cbam`` where it is given ``cbam``."""
+    has_attention = "decoder_attention_type" in inspect.signature(original).parameters
+
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: Any, **params: Any) -> None:
+        if not has_attention and params.get("decoder_attention_type") is not None:
+            name = type(self).__name__
+            raise ValueError(
+                f"decoder_attention_type: {name} has no attention in its decoder, and smp would "
+                f'ignore this. Call cbam_ext.smp.add_cbam(model) or pass cbam="encoder" to {name}. '
+                "To load a model that was saved with it, pass decoder_attention_type=None to "
+                "from_pretrained"
+            )
+        cbam = params.pop("cbam", None)
+        original(self, *args, **params)
+        if cbam is not None:
+            placement.from_keyword(self, cbam)
+
+    return _mark(__init__)
+
+
+def _register_attention(attention: type[nn.Module]) -> None:
+    # The method is replaced, not the class: smp refers to the class by two names, and models that
+    # were built before could not be pickled if it changed.
+    if _is_ours(attention.__init__):
+        return
+    _check_signature(attention)
+    if _accepts_cbam(attention):
+        warnings.warn(
+            f'segmentation_models_pytorch {smp_version()} already accepts "cbam"; '
+            "cbam_ext.smp.register() leaves it alone.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    attention.__init__ = _with_cbam(attention.__init__)
+
+
 def _with_cbam(original: Callable[..., None]) -> Callable[..., None]:
     """``Attention.__init__`` that builds our attention where it is asked for."""
 
@@ -155,9 +183,13 @@ def _with_cbam(original: Callable[..., None]) -> Callable[..., None]:
         original(self, None, **params)
         self.attention = CBAM(**params, **options)
 
+    return _mark(__init__)
+
+
+def _mark(function: Callable[..., None]) -> Callable[..., None]:
     # The mark names its bearer, because a wrapper that somebody puts around this one copies it.
-    __init__._cbam_ext_mark = __init__
-    return __init__
+    function._cbam_ext_mark = function
+    return function
 
 
 def _is_ours(function: Callable[..., None]) -> bool:
@@ -171,42 +203,7 @@ def _cbam_options(name: Any) -> dict[str, Any] | None:
     if not isinstance(name, Mapping) or name.get("type") != "cbam":
         return None
     options = {key: value for key, value in name.items() if key != "type"}
-    unknown = [key for key in options if key not in _OPTIONS]
-    if unknown:
-        raise ValueError(
-            f"decoder_attention_type: unknown option {', '.join(map(repr, unknown))} of "
-            f'{{"type": "cbam"}}; known are {", ".join(_OPTIONS)}'
-        )
-    if isinstance(options.get("norm_layer"), str):
-        options["norm_layer"] = _norm_by_name(options["norm_layer"])
-    return options
-
-
-def _norm_by_name(name: str) -> Callable[[int], nn.Module]:
-    if name not in _NORMS:
-        raise ValueError(
-            f"decoder_attention_type: unknown norm_layer {name!r}; known are {', '.join(_NORMS)}, "
-            "None, or a class such as torch.nn.BatchNorm2d"
-        )
-    return _NORMS[name]
-
-
-def _import_smp() -> ModuleType:
-    try:
-        import segmentation_models_pytorch as smp
-    except ModuleNotFoundError as error:
-        if error.name != _SMP:
-            raise  # smp is there; something that it needs is not
-        raise ImportError(
-            "cbam_ext.smp needs segmentation_models_pytorch; install it with "
-            "`pip install segmentation-models-pytorch`",
-            name=_SMP,
-        ) from error
-    return smp
-
-
-def _version() -> str:
-    return getattr(sys.modules[_SMP], "__version__", "(unknown version)")
+    return resolve_options("decoder_attention_type", '{"type": "cbam"}', options)
 
 
 def _check_signature(attention: type[nn.Module]) -> None:
@@ -216,7 +213,7 @@ def _check_signature(attention: type[nn.Module]) -> None:
     if found != [("self", plain), ("name", plain), ("params", keywords)]:
         raise RuntimeError(
             "cbam_ext.smp.register() knows segmentation_models_pytorch.base.modules.Attention with "
-            f"__init__(self, name, **params), but version {_version()} has __init__{signature}; "
+            f"__init__(self, name, **params), but version {smp_version()} has __init__{signature}; "
             "install a version that fits, such as segmentation-models-pytorch==0.6.0"
         )
 
