@@ -146,7 +146,7 @@ def explain_structure(module: nn.Module) -> str | None:
     named = "cbam" in str(getattr(module, "original_name", type(module).__name__)).lower()
     if len(layers) > _MOST_LAYERS or not (named or (spatial and dense)):
         return None
-    if any(explain_structure(child) for child in module.children()):
+    if any(explain_structure(inner) for inner in module.modules() if inner is not module):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; convert the model before scripting it"
