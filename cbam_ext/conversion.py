@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ._conversion.checkpoints import load_peer_state_dict
-from ._conversion.pairs import has_pair, replace_pairs
+from ._conversion.checkpoints import Form, load_peer_state_dict
+from ._conversion.pairs import (
+    Arguments,
+    direct_children,
+    has_forward,
+    has_pair,
+    is_sequence,
+    replace_pairs,
+)
 from ._conversion.plain import plain_module
 from ._conversion.recognition import (
     TOLERANCE,
@@ -34,7 +41,9 @@ from ._conversion.recognition import (
     is_ours,
     recognise,
 )
+from ._conversion.references import References
 from ._progress import track
+from .module import CBAM, Residual
 
 __all__ = ["ConversionReport", "convert", "load_peer_state_dict", "to_plain"]
 
@@ -124,8 +133,8 @@ def convert(
     kernel, biases, and a norm of the spatial logits. That a module behaves as one is seen on random
     maps with random weights, in training and in inference. Channel and spatial gates that a larger
     module multiplies in its own forward are replaced where ``torch.fx`` can trace that forward; the
-    module then becomes a ``torch.fx.GraphModule``. What cannot be proven to be a CBAM is left as it
-    was.
+    module then has a new forward, in which plain attributes count with their present values. What
+    cannot be proven to be a CBAM, or is used by other means as well, is left as it was.
 
     The replacement has the dtype, the device, ``requires_grad`` and the training mode of what it
     replaces. Parameters are new objects: make the optimiser afterwards. Where maxima tie, the
@@ -136,8 +145,9 @@ def convert(
         inplace: change ``model`` itself instead of a copy.
         check: compare the output of each replacement with that of the original on a random map,
             with the model's weights, in float64; and of the whole model, given ``example_inputs``.
-        example_inputs: what ``model`` can be called with, a tensor or a tuple of arguments. Some
-            rewritten modules can be compared only with them.
+        example_inputs: what ``model`` can be called with, a tensor or a tuple of arguments. Worth
+            giving: it also shows where others rely on the class or the parts of what is replaced,
+            and some modules can be rewritten only with them.
         return_report: return what was replaced and what was not, and why.
 
     Returns:
@@ -145,9 +155,10 @@ def convert(
         :class:`ConversionReport` too.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        RuntimeError: outputs differ by more than rounding. With ``inplace`` the model is then
-            partly converted.
+        TypeError: ``model`` is no ``nn.Module``, or DistributedDataParallel is around one.
+        ValueError: with ``example_inputs`` the model returns no tensors that could be compared.
+        RuntimeError: outputs differ by more than rounding, or the model cannot be copied. With
+            ``inplace`` it is then partly converted.
 
     Example:
         >>> import timm
@@ -158,17 +169,29 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise TypeError("convert: convert the model before DistributedDataParallel takes it")
     example = _as_arguments(example_inputs)
-    original = model
-    if not inplace:
-        model = copy.deepcopy(model)
-    before = None if example is None or not check else _outputs(original, example)
-    captured = {} if example is None else _captured_inputs(model, example)
-    report = ConversionReport()
-    model = _Conversion(model, captured, check, report).run()
-    if before is not None and report.converted:
-        _compare_outputs(before, _outputs(model, example))
+    # Whatever is on around the call: gradients are needed, and factories are to make CPU tensors.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        before = None if example is None or not check else _outputs(model, example)
+        if not inplace:
+            model = _copy(model)
+        report = ConversionReport()
+        model = _Conversion(model, _calls(model, example), check, report).run()
+        if before is not None and example is not None and report.converted:
+            _compare_outputs(before, _outputs(model, example))
     return (model, report) if return_report else model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"convert: the model cannot be copied ({type(error).__name__}: {error}); pass "
+            "inplace=True to change it itself"
+        ) from error
 
 
 class _Conversion:
@@ -177,11 +200,12 @@ class _Conversion:
     def __init__(
         self,
         model: nn.Module,
-        captured: dict[str, tuple[Any, ...]],
+        calls: dict[nn.Module, list[Arguments]],
         check: bool,
         report: ConversionReport,
     ) -> None:
-        self.model, self.captured, self.check, self.report = model, captured, check, report
+        self.model, self.calls, self.check, self.report = model, calls, check, report
+        self.references = References(model)
         self.done: dict[nn.Module, nn.Module | None] = {}  # so that shared modules stay shared
 
     def run(self) -> nn.Module:
@@ -205,10 +229,14 @@ class _Conversion:
             if replacement is not None:
                 self._put(name, replacement)
             return True
+        if not has_forward(module):
+            return False  # a container
         structures = find_structures(module)
-        if any(find_structures(child) for child in module.children()):
+        if any(find_structures(child) for child in direct_children(module)):
             return False  # what is around a CBAM stays
         try:
+            if structures or has_pair(module):
+                self._check_surroundings(name)
             if structures:
                 self._replace(name, module, recognise(module, structures))
                 return True
@@ -226,19 +254,42 @@ class _Conversion:
         self.report.left.append(Left(name, type(module).__name__, reason))
         return bool(structures) or not has_pair(module)
 
+    def _check_surroundings(self, name: str) -> None:
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if name and type(parent).__name__ == "OptimizedModule":
+            raise RefusalError("it is compiled by itself; convert it before torch.compile")
+
     def _replace(self, name: str, module: nn.Module, structure: Structure) -> None:
-        self._note(name, type(module).__name__, module, structure)
-        self.done[module] = build(module, structure)
-        self._put(name, self.done[module])
+        self.references.check([module])
+        kind = type(module).__name__
+        self._note(name, kind, module, structure)
+        replacement = build(module, structure)
+        replacement._converted_from = Form.of(kind, structure)
+        for attribute, value in vars(module).items():  # others may read them: YOLO's do
+            if not (attribute.startswith("_") or attribute in vars(replacement) or callable(value)):
+                setattr(replacement, attribute, value)
+        self.done[module] = replacement
+        self._put(name, replacement)
 
     def _rewrite(self, name: str, module: nn.Module) -> None:
-        rewritten, replaced = replace_pairs(module, self.captured.get(name))
-        notes = () if rewritten is module else ("torch.fx rewrote the forward around it",)
-        for child, (structure, pair) in replaced.items():
+        calls = self.calls.get(module, [])
+        if is_sequence(module) and name and not self._is_called_whole(module):
+            raise RefusalError(
+                "others may call its parts one by one; pass example_inputs to convert, with which "
+                "a run can tell"
+            )
+        replaced = replace_pairs(module, calls[0] if calls else None, self.references)
+        notes = () if is_sequence(module) else ("torch.fx rewrote the forward around it",)
+        for child, (structure, pair, spatial) in replaced.items():
             kind = f"{type(pair.channel).__name__} and {type(pair.spatial).__name__}"
             self._note(f"{name}.{child}" if name else child, kind, pair, structure, notes)
-        self.done[module] = rewritten
-        self._put(name, rewritten)
+            form = Form.of(kind, structure, {"channel": child, "spatial": spatial})
+            module.get_submodule(child)._converted_from = form
+        self.done[module] = module
+
+    def _is_called_whole(self, module: nn.Module) -> bool:
+        calls = len(self.calls.get(module, []))
+        return calls > 0 and all(len(self.calls.get(c, [])) == calls for c in module.children())
 
     def _note(
         self,
@@ -287,30 +338,38 @@ def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            return [t for t in tree_leaves(model.eval()(*arguments)) if isinstance(t, Tensor)]
+            found = [t for t in tree_leaves(model.eval()(*arguments)) if isinstance(t, Tensor)]
+            if not found:
+                raise ValueError(
+                    "convert: with example_inputs the model returns no tensors, or in a class that "
+                    "hides them; leave example_inputs out"
+                )
+            return found
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _captured_inputs(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """What each module with a pair of gates is called with."""
-    captured: dict[str, tuple[Any, ...]] = {}
+def _calls(model: nn.Module, arguments: tuple[Any, ...] | None) -> dict[nn.Module, list[Arguments]]:
+    """What each module with a pair of gates, and each child of it, is called with."""
+    calls: dict[nn.Module, list[Arguments]] = {}
+    if arguments is None:
+        return calls
+    parents = [module for module in model.modules() if has_forward(module) and has_pair(module)]
     handles = []
-    for name, module in model.named_modules():
-        if has_pair(module) and not is_hooked(module):
 
-            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                captured.setdefault(name, args)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, []).append((args, kwargs))
 
-            handles.append(module.register_forward_pre_hook(note))
     try:
+        for module in {each for parent in parents for each in (parent, *parent.children())}:
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         if handles:
             _outputs(model, arguments)
     finally:
         for handle in handles:
             handle.remove()
-    return captured
+    return calls
 
 
 def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -320,8 +379,9 @@ def _compare_outputs(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         error = distance(truth, found)
         if not error <= limit:
             raise RuntimeError(
-                f"convert: the output of the model on example_inputs changed by {error:.1e}; if it "
-                "is random in inference too, pass check=False"
+                f"convert: the output of the model on example_inputs changed by {error:.1e}. Some "
+                "part of it asks for the class of a CBAM or calls what is in it, or the model is "
+                "random in inference too (then pass check=False)"
             )
 
 
@@ -345,11 +405,12 @@ def to_plain(
             evenly, as ``amax`` does, which is faster.
 
     Returns:
-        The model, or the new module where ``model`` was a CBAM. A model that
-        :func:`cbam_ext.smp.add_cbam` made keeps the hooks of this package around them.
+        The model, or the new module where ``model`` was a CBAM. Blocks that
+        :func:`convert` rewrote, and the hooks of :func:`cbam_ext.smp.add_cbam`, still need this
+        package.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or has a CBAM with hooks or of a subclass.
         ValueError: unknown ``ties``.
 
     Example:
@@ -367,17 +428,25 @@ def to_plain(
 
     def plain(module: nn.Module) -> nn.Module:
         if module not in done:
+            if isinstance(module, Residual) and not is_ours(module.cbam):
+                module.cbam = replace(module.cbam)
             done[module] = plain_module(module, ties)
         return done[module]
 
-    def replace(parent: nn.Module) -> None:
-        for name, child in parent._modules.items():
-            if child is not None and is_ours(child):
-                parent._modules[name] = plain(child)
-            elif child is not None:
-                replace(child)
+    def replace(module: nn.Module) -> nn.Module:
+        if isinstance(module, CBAM | Residual):
+            _check_plain(module)
+            return plain(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = replace(child)
+        return module
 
-    if is_ours(model):
-        return plain(model)
-    replace(model)
-    return model
+    return replace(model)
+
+
+def _check_plain(module: nn.Module) -> None:
+    if type(module) not in (CBAM, Residual):
+        raise TypeError(f"to_plain: {type(module).__name__} is a subclass, with code of its own")
+    if is_hooked(module):
+        raise TypeError("to_plain: a CBAM has hooks, which would be lost; remove them first")

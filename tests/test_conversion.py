@@ -216,7 +216,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no spatial gate": (lambda: peers.AuthorsCBAM(32, no_spatial=True), "no spatial gate"),
     "even kernel": (lambda: peers.MmyoloCBAM(32, kernel_size=4), "even size"),
     "detached": (lambda: Detached(32), "in training it computes something else"),
-    "dropout": (lambda: Dropped(32), "in training it computes something else"),
+    "dropout": (lambda: Dropped(32), "draws random numbers in training"),
     "parallel": (lambda: Parallel(32), "computes something else"),
     "halved": (lambda: Halved(32), "computes something else"),
     "mask": (lambda: Masked(32), "takes more than one argument"),

@@ -10,7 +10,7 @@ import peers
 import pytest
 import torch
 from test_conversion import assert_equal, draw, shake, step
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import cbam_ext
 
@@ -152,7 +152,7 @@ def test_deep_inside_a_small_network(make: Callable[[int], nn.Module]) -> None:
 def test_what_a_rewritten_module_keeps(generator: torch.Generator) -> None:
     theirs = peers.LuuuyiBlock(32, stride=2).eval()
     ours = cbam_ext.convert(nn.Sequential(theirs))[0]
-    assert isinstance(ours, fx.GraphModule)
+    assert isinstance(ours, peers.LuuuyiBlock)
     assert type(ours).__name__ == "LuuuyiBlock"
     assert ours.stride == 2
     assert not ours.training and not ours.ca.training
@@ -286,7 +286,7 @@ class TwoInputs(Gates):
 
 def hooked() -> nn.Module:
     block = peers.LuuuyiBlock(32)
-    block.register_forward_hook(lambda *_: None)
+    block.sa.register_forward_hook(lambda *_: None)
     return block
 
 
@@ -299,7 +299,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mode": (ModeDependent, "does something else in training"),
     "optional": (Optional, "has optional arguments"),
     "shown": (Shown, "between its two gates is used elsewhere"),
-    "gate shown": (GateShown, "does not see what its channel gate refined|more than one product"),
+    "gate shown": (GateShown, "its channel gate is not one plain product"),
     "crossed": (Crossed, "does not see what its channel gate refined"),
     "other": (Other, "more than one product|computes something else|is not"),
     "branching": (Branching, "cannot trace its forward: TraceError"),
@@ -312,7 +312,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clipped": (Clipped, "contains ReLU6"),
     "two inputs": (TwoInputs, "pass example_inputs"),
     "hooks": (hooked, "has hooks"),
-    "unordered": (unordered, "do not follow each other"),
+    "unordered": (unordered, "pass example_inputs to convert"),
 }
 
 

@@ -9,14 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..module import CBAM, Residual
-from .recognition import translate_conv
+from .recognition import Structure, translate_conv
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """The names that one implementation gives to its layers.
 
     ``swapped``: channel 0 of its convolution sees the maximum. ``residual``: it adds its input.
+    ``depth``: of how many names the CBAM's own name in the base is made, where the layers stand
+    beside it and not in it.
     """
 
     source: str
@@ -26,6 +28,19 @@ class _Form:
     norm: str | None = None
     swapped: bool = False
     residual: bool = False
+    depth: int = 0
+
+    @staticmethod
+    def of(kind: str, structure: Structure, halves: dict[str, str] | None = None) -> Form:
+        """What was found in a module of class ``kind``, or in two halves of these names."""
+        names = [structure.fc1, structure.fc2, structure.conv, structure.norm]
+        depth = 0
+        if halves is not None:
+            depth = halves["channel"].count(".") + 1
+            split = [None if name is None else name.partition(".") for name in names]
+            names = [None if s is None else f"{halves[s[0]]}.{s[2]}".rstrip(".") for s in split]
+        fc1, fc2, conv, norm = names
+        return Form(kind, fc1, fc2, conv, norm, structure.swapped, structure.residual, depth)  # type: ignore[arg-type]
 
     def layers(self) -> dict[str, str]:
         """Their names by ours."""
@@ -42,7 +57,7 @@ class _Form:
 
 
 _FORMS = (
-    _Form(
+    Form(
         "Jongchan/attention-module (the authors)",
         "ChannelGate.mlp.1",
         "ChannelGate.mlp.3",
@@ -50,19 +65,19 @@ _FORMS = (
         "SpatialGate.spatial.bn",
         swapped=True,
     ),
-    _Form("timm", "channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn"),
-    _Form("luuuyi/CBAM.PyTorch", "ca.fc.0", "ca.fc.2", "sa.conv1"),
-    _Form("luuuyi/CBAM.PyTorch, older", "ca.fc1", "ca.fc2", "sa.conv1"),
+    Form("timm", "channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn"),
+    Form("luuuyi/CBAM.PyTorch", "ca.fc.0", "ca.fc.2", "sa.conv1"),
+    Form("luuuyi/CBAM.PyTorch, older", "ca.fc1", "ca.fc2", "sa.conv1"),
     # Its classifier has a pair at each end.
-    _Form("luuuyi/CBAM.PyTorch", "ca1.fc.0", "ca1.fc.2", "sa1.conv1"),
-    _Form("luuuyi/CBAM.PyTorch, older", "ca1.fc1", "ca1.fc2", "sa1.conv1"),
-    _Form(
+    Form("luuuyi/CBAM.PyTorch", "ca1.fc.0", "ca1.fc.2", "sa1.conv1"),
+    Form("luuuyi/CBAM.PyTorch, older", "ca1.fc1", "ca1.fc2", "sa1.conv1"),
+    Form(
         "open-mmlab/mmyolo",
         "channel_attention.fc.0.conv",
         "channel_attention.fc.1.conv",
         "spatial_attention.conv.conv",
     ),
-    _Form(
+    Form(
         "xmu-xiaoma666/External-Attention-pytorch",
         "ca.se.0",
         "ca.se.2",
@@ -70,7 +85,7 @@ _FORMS = (
         swapped=True,
         residual=True,
     ),
-    _Form(
+    Form(
         "Peachypie98/CBAM",
         "cam.linear.0",
         "cam.linear.2",
@@ -78,7 +93,7 @@ _FORMS = (
         swapped=True,
         residual=True,
     ),
-    _Form("braindecode", "fc.0", "fc.2", "conv"),
+    Form("braindecode", "fc.0", "fc.2", "conv"),
 )
 
 # Names that tell of something else than a CBAM, by what they end in.
@@ -95,9 +110,10 @@ def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> di
 
     ``module`` is the model of the checkpoint with our CBAM in its place: what
     :func:`cbam_ext.convert` makes of it, or a model that was written so. Every CBAM takes the names
-    of the authors' code, timm, luuuyi (both namings), mmyolo, External-Attention, Peachypie98 and
-    braindecode, or ours; all other tensors keep their names. A "module." that DataParallel put
-    before all names, and a dict that holds the tensors under "state_dict", are undone.
+    of what :func:`cbam_ext.convert` found in its place, of the authors' code, timm, luuuyi (both
+    namings), mmyolo, External-Attention, Peachypie98 and braindecode, or ours; all other tensors
+    keep their names. A "module." or "_orig_mod." that DataParallel or ``torch.compile`` put before
+    all names, and a dict that holds the tensors under "state_dict", are undone.
 
     Args:
         module: a model with :class:`cbam_ext.CBAM` in it, or one itself. Where that of the
@@ -126,13 +142,13 @@ def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> di
         raise TypeError(
             f"load_peer_state_dict: module must be a torch.nn.Module, got {type(module).__name__}"
         )
-    state = _tensors(state_dict)
     own = module.state_dict()
+    state = _tensors(state_dict, own)
     problems: list[str] = []
     translated: dict[str, str] = {}
     for name, target in _targets(module):
         prefix = f"{name}." if name else ""
-        found = next(_forms_of(name, state), None)
+        found = next(_forms_of(name, target, state), None)
         if found is None:
             continue  # in our own names, or missing, which the comparison below tells
         form, base = found
@@ -151,18 +167,31 @@ def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> di
     return translated
 
 
-def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``state_dict``, under names with the wrappers of ``own``."""
     inner = state_dict
     if isinstance(inner, Mapping) and isinstance(inner.get("state_dict"), Mapping):
         inner = inner["state_dict"]
-    if not isinstance(inner, Mapping) or not all(isinstance(v, Tensor) for v in inner.values()):
+    if not isinstance(inner, Mapping):
         raise TypeError(
             "load_peer_state_dict: state_dict must map names to tensors, or hold such a mapping "
             f'under "state_dict", got {type(state_dict).__name__}'
         )
-    if inner and all(name.startswith("module.") for name in inner):
-        return {name.removeprefix("module."): tensor for name, tensor in inner.items()}
-    return dict(inner)
+    for name, value in inner.items():
+        if not isinstance(value, Tensor) and name not in own:
+            raise TypeError(
+                "load_peer_state_dict: state_dict must map names to tensors, but has "
+                f"{type(value).__name__} under {name!r}"
+            )
+    state = dict(inner)
+    for wrapper in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile, and both
+        if _all_begin_with(wrapper, state) and not _all_begin_with(wrapper, own):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return state
+
+
+def _all_begin_with(wrapper: str, names: Mapping[str, Any]) -> bool:
+    return bool(names) and all(name.startswith(wrapper) for name in names)
 
 
 def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
@@ -175,12 +204,21 @@ def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
             yield name, inner
 
 
-def _forms_of(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[_Form, str]]:
+def _forms_of(
+    name: str, target: nn.Module, state: Mapping[str, Tensor]
+) -> Iterator[tuple[Form, str]]:
     """The forms that the CBAM called ``name`` has in ``state``, and what stands before the names.
 
+    First what it was converted from, of which more is known than names tell.
     Gates that a block multiplied itself stand beside each other in that block; their CBAM has the
     name of the first (or any, where the block has but one).
     """
+    origin = getattr(target, "_converted_from", None)
+    if origin is not None:
+        parts = name.split(".")
+        base = "".join(f"{part}." for part in parts[: len(parts) - origin.depth] if part)
+        if origin.at(base, state):
+            yield origin, base
     base = f"{name}." if name else ""
     yield from ((form, base) for form in _FORMS if form.at(base, state))
     if name:
@@ -193,7 +231,7 @@ def _forms_of(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[_Form, s
 
 
 def _translate(
-    state: dict[str, Tensor], form: _Form, base: str, prefix: str, own: Mapping[str, Tensor]
+    state: dict[str, Tensor], form: Form, base: str, prefix: str, own: Mapping[str, Tensor]
 ) -> None:
     """Renames and reshapes the tensors of one CBAM in ``state``."""
     moved = {}
@@ -214,7 +252,7 @@ def _translate(
 
 
 def _misfits(
-    target: CBAM | Residual, form: _Form, base: str, state: Mapping[str, Tensor]
+    target: CBAM | Residual, form: Form, base: str, state: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """How ``target`` would have to be built for this checkpoint."""
     whose = f"the checkpoint's CBAM ({form.source})"
@@ -236,7 +274,7 @@ def _misfits(
     for option, (name, present) in layers.items():
         if (f"{base}{name}" in state) != present:
             yield f"the checkpoint needs {option}={f'{base}{name}' in state}"
-    has_norm = form.norm is not None and f"{base}{form.norm}.running_var" in state
+    has_norm = form.norm is not None and any(n.startswith(f"{base}{form.norm}.") for n in state)
     if has_norm != (cbam.spatial.norm is not None):
         wanted = "torch.nn.BatchNorm2d" if has_norm else "None"
         yield f"the checkpoint needs norm_layer={wanted}"
@@ -246,7 +284,7 @@ def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iter
     for name, tensor in own.items():
         if name not in state:
             yield f"{name} is missing"
-        elif state[name].shape != tensor.shape:
+        elif isinstance(tensor, Tensor) and state[name].shape != tensor.shape:
             yield f"{name} has shape {list(state[name].shape)}, needed is {list(tensor.shape)}"
     for name, tensor in state.items():
         if name in own:

@@ -2,8 +2,9 @@
 
 torch.fx traces that forward, with every submodule as one node. Where the graph shows that the two
 gates and their products are a CBAM and that nothing else looks at what lies between, they become
-one node, and the module a ``torch.fx.GraphModule`` with the new forward. A forward that cannot be
+one node, and the module gets the new forward. A forward that cannot be
 traced, does something else in training, or uses its gates otherwise is left alone, with the reason.
+Plain attributes that it reads count with the values that they have at that moment.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import inspect
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +21,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .graphs import graph_module, trace
+from .graphs import trace
 from .recognition import (
-    TOLERANCE,
     RefusalError,
     Structure,
+    agree,
     build,
     dense_shape,
     distance,
     find_structures,
-    is_hooked,
     is_norm,
     is_spatial,
     recognise,
     weight_layers,
 )
+from .references import References
+from .rewriting import rewrite
 
 # A product in place is traced as an ordinary one; whether that matters, the comparison tells.
-_PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
+_PRODUCTS = {operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 # Image sizes that a block, or a whole classifier, may be tried on.
 _SIZES = (64, 224)
 
@@ -55,9 +57,25 @@ def is_spatial_gate(module: nn.Module) -> bool:
     return len(convs) == 1 and all(layer is convs[0] or is_norm(layer) for layer in layers)
 
 
+def direct_children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children, and those in a ModuleList or ModuleDict in place of that."""
+    for child in module.children():
+        if has_forward(child):
+            yield child
+        else:
+            yield from direct_children(child)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether ``module`` can be called, as containers of modules cannot."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return type(module).forward is not nn.Module.forward
+
+
 def has_pair(parent: nn.Module) -> bool:
-    """Whether direct children of ``parent`` may be the two halves of a CBAM."""
-    children = list(parent.children())
+    """Whether children of ``parent`` may be the two halves of a CBAM."""
+    children = list(direct_children(parent))
     return any(map(is_channel_gate, children)) and any(map(is_spatial_gate, children))
 
 
@@ -78,7 +96,9 @@ class Pair(nn.Module):
         return x
 
 
-Replaced = dict[str, tuple[Structure, Pair]]
+# By the name of the channel gate: what the pair is, and the name of the spatial gate.
+Replaced = dict[str, tuple[Structure, Pair, str]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -92,29 +112,38 @@ class _Match:
     spatial: fx.Node
     result: fx.Node
 
+    def holder(self, parent: nn.Module) -> nn.Module:
+        """The module that has the channel gate as a child: ``parent``, or a container in it."""
+        return parent.get_submodule(str(self.channel.target).rpartition(".")[0])
 
-def replace_pairs(parent: nn.Module, example: tuple[Any, ...] | None) -> tuple[nn.Module, Replaced]:
-    """``parent`` with each pair of gates as one CBAM, and what was replaced, by name.
+
+def is_sequence(parent: nn.Module) -> bool:
+    """Whether ``parent`` runs its children one after the other, as ``nn.Sequential`` does."""
+    return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
+
+
+def replace_pairs(parent: nn.Module, example: Arguments | None, references: References) -> Replaced:
+    """Replaces each pair of gates in ``parent`` by one CBAM; returns them by name.
 
     ``example`` are arguments that ``parent`` can be called with, for a comparison; without them
     some are tried.
 
     Raises:
-        RefusalError: not every spatial gate is provably half of a CBAM.
+        RefusalError: not every spatial gate is provably half of a CBAM. ``parent`` is unchanged.
     """
-    if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-        return parent, _replace_in_sequence(parent)
-    if is_hooked(parent):
-        raise RefusalError("it has hooks, which a rewritten forward would lose")
+    if "forward" in vars(parent):
+        raise RefusalError("its forward was replaced on the instance")
+    if is_sequence(parent):
+        return _replace_in_sequence(parent, references)
     graph = _trace(parent)
     matches = [_match(parent, node) for node in graph.nodes if _calls_spatial(parent, node)]
     if not matches:
         raise RefusalError("its forward never calls its spatial gate")
-    additions, replaced = {}, {}
+    replaced: Replaced = {}
     for match in matches:
+        references.check((match.pair.channel, match.pair.spatial), match.holder(parent))
         name = str(match.channel.target)
-        additions[name] = build(match.pair, match.structure)
-        replaced[name] = (match.structure, match.pair)
+        replaced[name] = (match.structure, match.pair, str(match.spatial.target))
         with graph.inserting_before(match.channel):
             node = graph.call_module(name, (match.channel.args[0],))
         match.result.replace_all_uses_with(node)
@@ -123,12 +152,29 @@ def replace_pairs(parent: nn.Module, example: tuple[Any, ...] | None) -> tuple[n
             for reshaped in list(node.users):
                 graph.erase_node(reshaped)
             graph.erase_node(node)
-    rewritten = _rewritten(parent, graph, additions)
-    _compare(parent, rewritten, example)
-    return rewritten, replaced
+    before, rewritten = copy.deepcopy(parent), copy.deepcopy(parent)
+    _apply(rewritten, graph, replaced)
+    _compare(before, rewritten, example)
+    _apply(parent, graph, replaced)
+    return replaced
 
 
-def _replace_in_sequence(parent: nn.Sequential) -> Replaced:
+def _apply(parent: nn.Module, graph: fx.Graph, replaced: Replaced) -> None:
+    for name, (structure, pair, other) in replaced.items():
+        channel, spatial = parent.get_submodule(name), parent.get_submodule(other)
+        put(parent, name, build(Pair(channel, spatial, pair.multiplied), structure))
+        holder, _, last = other.rpartition(".")
+        del parent.get_submodule(holder)._modules[last]
+    rewrite(parent, graph)
+
+
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Replaces the submodule called ``name``."""
+    holder, _, last = name.rpartition(".")
+    parent.get_submodule(holder)._modules[last] = module
+
+
+def _replace_in_sequence(parent: nn.Sequential, references: References) -> Replaced:
     names = list(parent._modules)
     replaced: Replaced = {}
     reason = "its gates do not follow each other"
@@ -138,11 +184,12 @@ def _replace_in_sequence(parent: nn.Sequential) -> Replaced:
             continue
         pair = Pair(channel, spatial, (False, False))
         try:
+            references.check((channel, spatial), parent)
             structure = recognise(pair, find_structures(pair))
         except RefusalError as error:
             reason = str(error)
             continue
-        replaced[first] = (structure, pair)
+        replaced[first] = (structure, pair, second)
         parent._modules[first] = build(pair, structure)
         parent._modules[second] = nn.Identity()
     if not replaced:
@@ -158,17 +205,27 @@ def _trace(parent: nn.Module) -> fx.Graph:
     parameters = inspect.signature(parent.forward).parameters.values()
     if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         raise RefusalError("its forward has optional arguments, so one trace does not show it all")
-    training, graphs = parent.training, []
+    modes = {module: module.training for module in parent.modules()}
+    attributes, graphs = dict(vars(parent)), []
     try:
         for mode in (True, False):
-            parent.training = mode  # of this module alone: the others are not entered
+            for module in modes:
+                module.training = mode
             graphs.append(trace(parent))
+        stores = {k: v for k, v in vars(parent).items() if attributes.get(k) is not v}
+    except RefusalError:
+        raise
     except Exception as error:
         raise RefusalError(
             f"torch.fx cannot trace its forward: {type(error).__name__}: {error}"
         ) from error
     finally:
-        parent.training = training
+        vars(parent).clear()
+        vars(parent).update(attributes)
+        for module, mode in modes.items():
+            module.training = mode
+    if stores.keys() - {"training"}:
+        raise RefusalError("its forward stores attributes")
     code = [graph.python_code("self").src for graph in graphs]
     if code[0] != code[1]:
         raise RefusalError("its forward does something else in training")
@@ -206,7 +263,7 @@ def _match(parent: nn.Module, spatial: fx.Node) -> _Match:
             raise RefusalError("its spatial gate does not see what its channel gate refined")
         _, product, channel_multiplied = _product(channel)
         if product is not middle or not channel_multiplied:
-            raise RefusalError("its channel gate is used for more than one product")
+            raise RefusalError("what it does with its channel gate is not one plain product")
     between = {spatial, result, *(user for user in spatial.users if _expands(user, spatial))}
     if not set(middle.users) <= between:
         raise RefusalError("what lies between its two gates is used elsewhere too")
@@ -246,62 +303,102 @@ def _product(gate: fx.Node) -> tuple[object, fx.Node, bool]:
 
 
 def _expands(node: fx.Node, gate: fx.Node) -> bool:
-    return node.op == "call_method" and node.target == "expand_as" and node.args[0] is gate
+    return (
+        node.op == "call_method" and node.target in ("expand_as", "expand") and node.args[0] is gate
+    )
 
 
 # ---------------------------------------------------------------------------------------- rewrite
 
 
-def _rewritten(
-    parent: nn.Module, graph: fx.Graph, additions: dict[str, nn.Module]
-) -> fx.GraphModule:
-    """A module with the new forward; it and ``parent`` share all other submodules."""
-    root = copy.copy(parent)
-    root._modules = {**parent._modules, **additions}
-    module = graph_module(root, graph, type(parent).__name__)
-    # Others may read what it has beside its submodules, such as a stride.
-    for name, value in vars(parent).items():
-        if not name.startswith("_") and not hasattr(module, name):
-            setattr(module, name, value)
-    return module
-
-
-def _compare(parent: nn.Module, rewritten: nn.Module, example: tuple[Any, ...] | None) -> None:
-    """Runs both for inference, in float64: a trace does not see what Python decides on the way."""
-    before, after = (
-        copy.deepcopy(module).to("cpu", torch.float64).eval() for module in (parent, rewritten)
-    )
-    for inputs in _guessed_inputs(parent) if example is None else (example,):
+def _compare(before: nn.Module, after: nn.Module, example: Arguments | None) -> None:
+    """Runs copies of both in float64: a trace does not see what Python decides on the way."""
+    modules = [_for_comparison(module) for module in (before, after)]
+    failure = ""
+    for inputs in _guessed_inputs(before) if example is None else (example,):
         given = _double(inputs)
         try:
-            with torch.no_grad():
-                truth = before(*given)
-        except Exception:
+            truth = _step(modules[0].eval(), given)
+        except Exception as error:
+            failure = f": {type(error).__name__}: {error}"
             continue  # not an input for this module
-        if any(distance(a, b) > 0 for a, b in _tensors(_double(inputs), given)):
+        both = zip(_tensors(_double(inputs)), _tensors(given), strict=True)
+        if any(distance(a, b) > 0 for a, b in both):
             raise RefusalError("its forward changes its input in place")
-        with torch.no_grad():
-            found = after(*_double(inputs))
-        if not isinstance(truth, Tensor) or distance(truth, found) > TOLERANCE:
+        if not _agree(truth, _step(modules[1].eval(), _double(inputs))):
             raise RefusalError("its rewritten forward computes something else")
+        _compare_training(modules, inputs)
         return
-    raise RefusalError("it could not be run for a comparison; pass example_inputs to convert")
+    hint = "pass example_inputs to convert" if example is None else "which example_inputs give"
+    raise RefusalError(f"it could not be run for a comparison, {hint}{failure}")
 
 
-def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _compare_training(modules: Sequence[nn.Module], inputs: Arguments) -> None:
+    results = []
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for module in modules:
+            torch.set_rng_state(state)  # for dropout
+            try:
+                results.append(_step(module.train(), _double(inputs)))
+            except Exception:
+                results.append(None)
+    # What cannot train, as where a product in place spoils a gate, has nothing to lose.
+    if results[0] is not None and (results[1] is None or not _agree(*results)):
+        raise RefusalError("its rewritten forward computes something else in training")
+
+
+Results = dict[str, Tensor | None]
+
+
+def _step(module: nn.Module, inputs: Arguments) -> Results:
+    """Outputs, gradients of the floating inputs and of the parameters, and buffers after it."""
+    args, kwargs = inputs
+    outputs = _tensors(module(*args, **kwargs))
+    results: Results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    leaves = {f"input {i}": t for i, t in enumerate(_tensors(inputs)) if t.requires_grad}
+    leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}
+    total = sum(t.square().sum() for t in outputs if t.requires_grad)
+    if module.training and isinstance(total, Tensor):
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        results |= dict(zip(leaves, gradients, strict=True))
+    return results | dict(module.named_buffers())
+
+
+def _agree(truth: Results, found: Results) -> bool:
+    """Whether what both have is equal; the parts of the gates have other names in ours."""
+    if [n for n in truth if n.startswith("output")] != [n for n in found if n.startswith("output")]:
+        return False
+    shared = truth.keys() & found.keys()
+    return agree([truth[name] for name in shared], [found[name] for name in shared])
+
+
+def _for_comparison(module: nn.Module) -> nn.Module:
+    for inner in module.modules():  # those of a copy; they may do anything
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+            hooks.clear()
+        inner._backward_hooks.clear()
+        inner._backward_pre_hooks.clear()
+    return module.to("cpu", torch.float64)
+
+
+def _double(inputs: Arguments) -> Arguments:
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", torch.float64, copy=True)
+        copied = tensor.detach().to("cpu", copy=True)
+        if not tensor.is_floating_point():
+            return copied
+        return copied.to(torch.float64).requires_grad_() * 1
 
     return tree_map_only(Tensor, cast, inputs)
 
 
-def _tensors(*inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    return zip(*([t for t in tree_leaves(i) if isinstance(t, Tensor)] for i in inputs), strict=True)
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
-def _guessed_inputs(parent: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+def _guessed_inputs(parent: nn.Module) -> Iterator[Arguments]:
     """Maps of as many channels as the first convolution takes."""
     generator = torch.Generator().manual_seed(0)
     channels = next((m.in_channels for m in parent.modules() if isinstance(m, nn.Conv2d)), None)
     for size in _SIZES if channels is not None else ():
-        yield (torch.randn(2, channels, size, size, generator=generator),)
+        yield (torch.randn(2, channels, size, size, generator=generator),), {}

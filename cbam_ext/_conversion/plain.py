@@ -8,12 +8,14 @@ from torch.nn import functional as F
 
 from ..module import CBAM, Residual
 from .graphs import graph_module, trace
+from .recognition import is_ours
 
 
 def plain_module(module: CBAM | Residual, ties: str) -> fx.GraphModule:
     """A module with the submodules of ``module`` that pickles without this package."""
     if isinstance(module, Residual):
-        root = _PlainResidual(plain_module(module.cbam, ties))
+        inner = plain_module(module.cbam, ties) if is_ours(module.cbam) else module.cbam
+        root = _PlainResidual(inner)
     else:
         root = _PlainCBAM(module, ties)
     root.training = module.training

@@ -12,11 +12,14 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..module import CBAM, Residual
@@ -24,7 +27,8 @@ from ..module import CBAM, Residual
 # Forward in float64 agrees to about 1e-15; two different functions of random weights to about 1e-2.
 TOLERANCE = 1e-9
 
-_DRAWS = 3
+# Of the maps: samples, how much larger they are than the kernel, and a factor.
+_DRAWS = ((3, 9, 100.0), (1, 5, 1.0), (2, 2, 1.0))
 
 # A module with more layers is a network that holds something like a CBAM rather than one itself.
 _MOST_LAYERS = 8
@@ -67,8 +71,8 @@ class Structure:
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether ``module`` is what a conversion makes."""
-    return isinstance(module, (CBAM, Residual))
+    """Whether ``module`` is what a conversion makes, and no subclass of it."""
+    return type(module) is CBAM or (type(module) is Residual and is_ours(module.cbam))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -97,7 +101,7 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def dense_shape(layer: nn.Module) -> tuple[int, int] | None:
     """``(outputs, inputs)`` of a layer that maps channels to channels."""
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or is_lazy(layer.weight):
         return None
     outputs, inputs, *kernel = layer.weight.shape
     return (outputs, inputs) if all(size == 1 for size in kernel) else None
@@ -105,7 +109,11 @@ def dense_shape(layer: nn.Module) -> tuple[int, int] | None:
 
 def is_spatial(layer: nn.Module) -> bool:
     """Whether ``layer`` is a convolution from two maps to one."""
-    return isinstance(layer, nn.Conv2d) and layer.weight.shape[:2] == (1, 2)
+    return _is_conv(layer) and layer.weight.shape[:2] == (1, 2)
+
+
+def _is_conv(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and not is_lazy(layer.weight)
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -139,17 +147,18 @@ def explain_structure(module: nn.Module) -> str | None:
     dense = [shape for layer in layers.values() if (shape := dense_shape(layer))]
     spatial = [layer for layer in layers.values() if is_spatial(layer)]
     single = [
-        layer
-        for layer in layers.values()
-        if isinstance(layer, nn.Conv2d) and layer.weight.shape[:2] == (1, 1)
+        layer for layer in layers.values() if _is_conv(layer) and layer.weight.shape[:2] == (1, 1)
     ]
     named = "cbam" in str(getattr(module, "original_name", type(module).__name__)).lower()
-    if len(layers) > _MOST_LAYERS or not (named or (spatial and dense)):
-        return None
-    if any(explain_structure(inner) for inner in module.modules() if inner is not module):
+    gates = any(a == b or (b, a) in dense for a, b in dense)
+    if len(layers) > _MOST_LAYERS or not (named or (spatial and gates)):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; convert the model before scripting it"
+    if named and not dense and not spatial:
+        return None
+    if any(explain_structure(inner) for inner in module.modules() if inner is not module):
+        return None
     if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         return "its weights are parametrized"
     if len(dense) == 1 and spatial:
@@ -193,7 +202,11 @@ def build(module: nn.Module, structure: Structure) -> CBAM | Residual:
     if structure.norm is not None:
         cbam.spatial.norm = plain_norm(module.get_submodule(structure.norm))
     _copy_flags(module, cbam)
-    return Residual(cbam).train(module.training) if structure.residual else cbam
+    if not structure.residual:
+        return cbam
+    residual = Residual(cbam)
+    residual.training = module.training  # alone: a frozen norm stays frozen
+    return residual
 
 
 def translate_conv(weight: Tensor, swapped: bool) -> Tensor:
@@ -211,8 +224,8 @@ def translate_conv(weight: Tensor, swapped: bool) -> Tensor:
 
 
 def plain_norm(norm: nn.Module) -> nn.Module:
-    """``norm``, or a plain ``BatchNorm2d`` with its tensors in place of a library's subclass."""
-    if not isinstance(norm, nn.BatchNorm2d) or type(norm) is nn.BatchNorm2d:
+    """``norm``, or a plain ``BatchNorm2d`` with its tensors in place of timm's subclass."""
+    if not isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ != "BatchNormAct2d":
         return norm
     plain = nn.BatchNorm2d(1, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
@@ -254,9 +267,9 @@ def _prove(module: nn.Module, structure: Structure) -> Structure:
         for swapped in (False, True)
         for residual in (False, True)
     ]
-    for _ in range(_DRAWS):
+    for samples, margin, scale in _DRAWS:
         _draw_weights(probe, structure, generator)
-        x = _draw_map(probe, structure, generator)
+        x = scale * _draw_map(probe, structure, generator, samples, margin)
         truth = _run(probe.eval(), x)
         variants = [v for v in variants if distance(truth, _ours(probe, v, x)) <= TOLERANCE]
         if not variants:
@@ -302,8 +315,11 @@ def _probe_copy(module: nn.Module) -> nn.Module:
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_leaf:
             raise RefusalError("its weights are results of a computation, not parameters")
-    probe = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(True)
-    return _without_sync(probe)
+    try:
+        probe = copy.deepcopy(module)
+    except Exception as error:
+        raise RefusalError(f"it cannot be copied: {type(error).__name__}: {error}") from error
+    return _without_sync(probe.to("cpu", torch.float64).requires_grad_(True))
 
 
 def _without_sync(module: nn.Module) -> nn.Module:
@@ -347,28 +363,69 @@ def _draw_weights(probe: nn.Module, structure: Structure, generator: torch.Gener
             norm.running_var.copy_(0.5 + torch.rand(1, generator=generator, dtype=torch.float64))
 
 
-def _draw_map(probe: nn.Module, structure: Structure, generator: torch.Generator) -> Tensor:
+def _draw_map(
+    probe: nn.Module,
+    structure: Structure,
+    generator: torch.Generator,
+    samples: int = 2,
+    margin: int = 2,
+) -> Tensor:
     channels = probe.get_submodule(structure.fc1).weight.shape[1]
     kernel = max(probe.get_submodule(structure.conv).weight.shape[2:])
     # Wider and higher than the kernel, and not square, so that every weight of it counts.
-    shape = (2, channels, kernel + 2, kernel + 4)
+    shape = (samples, channels, kernel + margin, kernel + margin + 2)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _check_training(probe: nn.Module, variant: Structure, x: Tensor) -> None:
-    """A step in training: output, gradient of the input and statistics of the norm."""
+    """A step in training: output, gradients, and statistics of the norm."""
     results = []
-    with torch.random.fork_rng(devices=[]):  # dropout may draw
-        for module in (copy.deepcopy(probe), build(copy.deepcopy(probe), variant)):
-            module.train()
-            leaf = x.clone().requires_grad_()
-            output = _run(module, leaf)
-            (gradient,) = torch.autograd.grad(output.square().sum(), leaf)
-            statistics = [b.double() for n, b in module.named_buffers() if "running" in n]
-            results.append([output.detach(), gradient, *statistics])
-    for theirs, ours in zip(*results, strict=True):
-        if distance(theirs, ours) > TOLERANCE:
-            raise RefusalError("in training it computes something else than a CBAM")
+    theirs = copy.deepcopy(probe).train()
+    ours = build(copy.deepcopy(probe), variant).train()
+    with torch.random.fork_rng(devices=[]):
+        drawn = random_states()
+        kernel = probe.get_submodule(variant.conv).weight.shape[2:]
+        results = [_training_step(m, variant, x, kernel) for m in (theirs, ours)]
+        if random_states() != drawn:
+            raise RefusalError("it draws random numbers in training")
+    if not agree(*results):
+        raise RefusalError("in training it computes something else than a CBAM")
+
+
+def _training_step(
+    module: nn.Module, variant: Structure, x: Tensor, kernel: Sequence[int]
+) -> list[Tensor | None]:
+    leaf = x.clone().requires_grad_()
+    leaves = [*_leaves(module, variant), leaf]
+    output = _run(module, leaf)
+    wanted = [t for t in leaves if t is not None]
+    gradients = iter(torch.autograd.grad(output.square().sum(), wanted, allow_unused=True))
+    found = [None if t is None else next(gradients) for t in leaves]
+    conv = found[4]
+    if conv is not None and not is_ours(module):
+        found[4] = translate_conv(conv, variant.swapped)  # as ours has it
+    elif conv is not None and kernel[0] != kernel[1]:
+        # The rest of a kernel that was made square trains, where theirs has nothing.
+        found[4] = conv * translate_conv(conv.new_ones(1, 2, *kernel), variant.swapped)
+    found = [t.flatten() if t is not None else None for t in found]
+    statistics = [b.double() for name, b in module.named_buffers() if "running" in name]
+    return [output.detach(), *found, *statistics]
+
+
+def _leaves(module: nn.Module, variant: Structure) -> list[Tensor | None]:
+    """Weights and biases of both layers, the convolution and the norm."""
+    if is_ours(module):
+        cbam = module.cbam if isinstance(module, Residual) else module
+        layers = [cbam.channel.fc1, cbam.channel.fc2, cbam.spatial.conv, cbam.spatial.norm]
+    else:
+        names = (variant.fc1, variant.fc2, variant.conv, variant.norm)
+        layers = [None if name is None else module.get_submodule(name) for name in names]
+    return [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
+
+
+def random_states() -> tuple[object, ...]:
+    """Those of Python and of torch on the CPU."""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
@@ -383,15 +440,34 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-def distance(truth: Tensor, found: Tensor) -> float:
-    """The largest difference, relative to the largest value; infinite for NaN and other shapes."""
+def agree(truth: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> bool:
+    """Whether results of a step in training are equal, those that are missing included.
+
+    Each may be off by a thousandth of what the largest may: some gradients, such as that of a bias
+    before a norm, are nothing but rounding.
+    """
+    finite = (t[t.isfinite()].abs() for t in truth if t is not None)
+    largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
+    for a, b in zip(truth, found, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and b is not None and not distance(a, b, largest / 1e3) <= TOLERANCE:
+            return False
+    return True
+
+
+def distance(truth: Tensor, found: Tensor, least: float = 0.0) -> float:
+    """The largest difference, relative to the largest value or ``least``; infinite for other shapes
+    and where only one is NaN."""
     if truth.shape != found.shape:
         return float("inf")
     if truth.numel() == 0:
         return 0.0
     truth, found = truth.detach().double(), found.detach().double()
-    difference = (truth - found).abs().max()
-    value = float(difference / truth.abs().max().clamp_min(1e-300))
+    same = (truth == found) | (truth.isnan() & found.isnan())  # infinities too
+    difference = (truth - found).abs().masked_fill(same, 0).max()
+    truth = truth.masked_fill(~truth.isfinite(), 0)
+    value = float(difference / truth.abs().max().clamp_min(max(least, 1e-300)))
     return value if value == value else float("inf")
 
 
