@@ -237,7 +237,7 @@ class _Conversion:
         try:
             if structures or has_pair(module):
                 self._check_surroundings(name)
-            if structures:
+            if structures and not (is_sequence(module) and has_pair(module)):
                 self._replace(name, module, recognise(module, structures))
                 return True
             if has_pair(module):

@@ -334,6 +334,16 @@ def test_sequences(whole: bool, generator: torch.Generator) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_a_sequence_of_nothing_but_gates(generator: torch.Generator) -> None:
+    """It stays a sequence, for those who index it."""
+    gates = nn.Sequential(peers.PeachyChannel(32, 16), peers.PeachySpatial())
+    ours, names, _ = converted(gates)
+    assert names == ["0"] and [type(module) for module in ours] == [CBAM, nn.Identity]
+    x = draw(32, generator).float()
+    torch.testing.assert_close(ours(x), gates(x))
+    assert converted(nn.ModuleDict({"inner": gates}))[1] == []
+
+
 def test_compiled_by_itself() -> None:
     model = nn.Sequential(torch.compile(timm_cbam(8), backend="eager"))
     _, names, (left,) = converted(model)

@@ -433,7 +433,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         output = module(x.clone() if not x.requires_grad else x * 1)
     except Exception as error:
         raise RefusalError(
-            f"it fails on a random map of shape {list(x.shape)}: {type(error).__name__}: {error}"
+            f"it fails on a random float64 map of shape {list(x.shape)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(output, Tensor):
         raise RefusalError(f"it returns {type(output).__name__}, not one tensor")
