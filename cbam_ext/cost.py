@@ -328,10 +328,11 @@ class _Subject:
 
     def _results(self) -> list[Tensor]:
         """The tensors of the model's result that have a gradient to hand on."""
+        result = self.model(*self.inputs)
+        if dataclasses.is_dataclass(result):
+            result = [getattr(result, field.name) for field in dataclasses.fields(result)]
         return [
-            leaf
-            for leaf in tree_leaves(self.model(*self.inputs))
-            if isinstance(leaf, Tensor) and leaf.requires_grad
+            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
 
     def _backward(self, results: list[Tensor]) -> None:
@@ -392,23 +393,32 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what calls in train mode change: training flags and buffers."""
     modules = list(model.modules())
     flags = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    held = [(module, dict(module._buffers)) for module in modules]
+    values = {
+        buffer: buffer.clone()
+        for _, buffers in held
+        for buffer in buffers.values()
+        if buffer is not None and not buffer.is_inference()
+    }
     try:
         yield
     finally:
+        model.train(flags[0])  # some do more than set the flag, such as merge weights
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
+        for module, buffers in held:
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
+            for buffer, value in values.items():
                 # Some cannot be written, being views that repeat a number; those did not change.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                if not _same(buffer, value):
+                    buffer.resize_(value.shape).copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equality that takes NaN for NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _check(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int) -> torch.device:

@@ -87,9 +87,12 @@ def visualize(
     arguments = images if isinstance(images, tuple) else (images,)
     pictures = _check_images(arguments)
     normalisation = _check_normalisation(mean, std, pictures.shape[1])
+    if normalisation is not None and not pictures.is_floating_point():
+        raise ValueError(f"mean and std undo a normalisation, but images are {pictures.dtype}")
     model = _unwrap(model)
     chosen = _choose(_find(model), modules)
     gates: dict[str, Gates] = {}
+    shown = pictures.detach().to("cpu", copy=True)  # before a forward that works in place
     with _left_alone(model), contextlib.ExitStack() as hooks:
         for name, module in chosen.items():
             hook = functools.partial(_collect, gates, name)
@@ -101,7 +104,7 @@ def visualize(
         raise ValueError(
             f"forward of {type(model).__name__} called none of these CBAMs: {', '.join(chosen)}"
         )
-    return AttentionMaps(gates, pictures.detach().to("cpu", copy=True), normalisation)
+    return AttentionMaps(gates, shown, normalisation)
 
 
 def _check_images(arguments: tuple[Any, ...]) -> Tensor:
@@ -189,7 +192,7 @@ def _choose(found: dict[str, CBAM], modules: str | Iterable[str] | None) -> dict
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"modules must be names or patterns, got {type(pattern).__name__}")
-        names = {name for name in found if fnmatch.fnmatchcase(name, pattern)}
+        names = {n for n in found if n == pattern or fnmatch.fnmatchcase(n, pattern)}
         if not names:
             raise ValueError(f"modules: no CBAM is called {pattern!r}, only {', '.join(found)}")
         chosen |= names
@@ -224,13 +227,14 @@ def _uncompiled() -> contextlib.AbstractContextManager[object]:
 
 def _as_model_wants(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return arguments
+    device = None if parameter is None else parameter.device
     images, *others = (
-        argument.to(parameter.device) if isinstance(argument, Tensor) else argument
+        argument.to(device or argument.device, copy=True)  # a forward may work in place
+        if isinstance(argument, Tensor)
+        else argument
         for argument in arguments
     )
-    if images.is_floating_point():
+    if parameter is not None and images.is_floating_point():
         images = images.to(parameter.dtype)
     return images, *others
 

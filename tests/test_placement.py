@@ -350,6 +350,39 @@ def test_identity_learns_from_the_second_step_on(norm):
 # ------------------------------------------------------------------------------ tools
 
 
+def test_a_model_that_was_compiled_before() -> None:
+    """Compiled code would not call the hooks."""
+    model = smp.FPN("resnet18", encoder_weights=None).eval()
+    model.compile(backend="eager")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        add_cbam(model)
+        torch.testing.assert_close(model(x), model.forward(x))
+        assert not torch.allclose(model(x), before, rtol=1e-3)
+
+
+def test_hooks_of_others_see_no_meta_tensors() -> None:
+    seen: list[float] = []
+    model = smp.Unet("resnet18", encoder_weights=None)
+    block = model.decoder.blocks[0]
+    block.register_forward_hook(lambda module, args, output: seen.append(output.mean().item()))
+    add_cbam(model)
+    assert not seen
+    model.eval()(torch.randn(1, 3, 64, 64))
+    assert len(seen) == 1
+
+
+def test_where_takes_any_numbers() -> None:
+    places = [torch.tensor(2), 3]
+    model = add_cbam(smp.FPN("resnet18", encoder_weights=None), places)
+    assert model.config["cbam"]["where"] == [2, 3]
+    model = add_cbam(smp.FPN("resnet18", encoder_weights=None), range(2, 4))
+    assert model.config["cbam"]["where"] == [2, 3]
+    model = add_cbam(smp.FPN("resnet18", encoder_weights=None), ("skips",))
+    assert model.config["cbam"]["where"] in ("skips", ["skips"])
+
+
 def test_copies_compute_the_same(tmp_path):
     model = add_cbam(build("DeepLabV3Plus"), ["encoder", "decoder"])
     x = image()

@@ -285,6 +285,32 @@ def test_a_tuple_holds_all_arguments():
     assert maps.overlays().axes[0].get_title() == "image"
 
 
+def test_a_forward_that_works_in_place():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.sub_(0.5).div_(0.2))
+
+    x = images().clamp(0, 1)
+    given = x.clone()
+    maps = visualize(InPlace(), x)
+    assert torch.equal(x, given) and torch.equal(maps._images, given)
+
+
+def test_names_with_brackets_and_images_of_integers():
+    model = nn.ModuleDict({"a[b]": plain()})["a[b]"]
+    holder = nn.Sequential()
+    holder.add_module("a[b]", model)
+    (name,) = visualize(holder, images())
+    assert list(visualize(holder, images(), modules=name)) == [name]
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="images are torch.uint8"):
+        visualize(holder, pixels, mean=0.5, std=0.2)
+
+
 def test_modules_by_name_and_pattern():
     model = nn.Sequential(*(cbam_ext.CBAM(3) for _ in range(3)), nn.Sequential(cbam_ext.CBAM(3)))
     x = images()

@@ -8,7 +8,11 @@ state_dict moves, and encoder and decoder stay what they are to smp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import operator
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +144,8 @@ def add_cbam(
         decoder.cbam_output = at_output
         handles.append(decoder.register_forward_hook(_refine_output))
     decoder._cbam_handles = handles
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # code that was compiled before would not call the new hooks
     _record(model, where, init, cbam_options)
     return model
 
@@ -173,7 +179,8 @@ def _check_model(model: nn.Module) -> nn.Module:
 
 
 def _check_where(where: Any) -> list[str | int]:
-    places = list(where) if isinstance(where, list | tuple) else [where]
+    several = isinstance(where, Sequence) and not isinstance(where, str)
+    places = [_as_place(place) for place in (where if several else [where])]
     for place in places:
         if isinstance(place, bool) or not isinstance(place, str | int):
             raise TypeError(
@@ -184,6 +191,13 @@ def _check_where(where: Any) -> list[str | int]:
     if not places:
         raise ValueError(f"add_cbam: where is empty; name {_known_places()}")
     return places
+
+
+def _as_place(place: Any) -> Any:
+    """A number of another library as an int."""
+    if isinstance(place, str | bool) or not hasattr(place, "__index__"):
+        return place
+    return operator.index(place)
 
 
 def _known_places() -> str:
@@ -200,10 +214,10 @@ def _effective_options(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
             ["mlp_bias"] if options.get("norm_layer") is not None else ["mlp_bias", "conv_bias"]
         )
         for name in needed:
-            if options.setdefault(name, True) is False:
+            if not options.setdefault(name, True):
                 raise ValueError(
-                    f"add_cbam: init='identity' opens the gates by biases; leave out {name}=False "
-                    "or use init='default'"
+                    f"add_cbam: init='identity' opens the gates by biases; leave out "
+                    f"{name}={options[name]} or use init='default'"
                 )
     return options
 
@@ -237,7 +251,8 @@ def _survey(model: nn.Module) -> _Surroundings:
         arguments: tuple[Any, ...] = (features,)
         if _gives_tokens(model):
             arguments = (features, _prefix_tokens(encoder, features))
-        output = functional_call(decoder, tensors, arguments)
+        with _without_hooks(decoder):  # they may look at numbers, of which there are none
+            output = functional_call(decoder, tensors, arguments)
         gradients = torch.autograd.grad(output.sum(), features, allow_unused=True)
     read = [
         stage
@@ -246,6 +261,19 @@ def _survey(model: nn.Module) -> _Surroundings:
         if gradient is not None and channels[stage] > 0
     ]
     return _Surroundings(channels, read, output.shape[1])
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Without forward hooks; those before a forward stay, by which some set parameters."""
+    kept = [(module, module._forward_hooks) for module in model.modules()]
+    try:
+        for module, _ in kept:
+            module._forward_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in kept:
+            module._forward_hooks = hooks
 
 
 def _strides(model: nn.Module) -> list[int]:
@@ -312,7 +340,9 @@ def _make_cbam(in_channels: int, *, decoder: nn.Module, init: str, options: dict
 
 
 def _placement(decoder: nn.Module) -> tuple[torch.device, torch.dtype]:
-    tensor = next(decoder.parameters())
+    tensor = next(decoder.parameters(), None)
+    if tensor is None:
+        raise TypeError("add_cbam: the decoder of this model has no parameters to go by")
     return tensor.device, tensor.dtype
 
 
@@ -336,8 +366,12 @@ def _record(model: nn.Module, where: Any, init: str, options: Mapping[str, Any])
     config = model.config
     if not isinstance(config, dict):
         return
-    places = list(where) if isinstance(where, list | tuple) else where
-    entry = {"where": places, "init": init, **options}
+    places = _check_where(where)
+    entry = {
+        "where": places[0] if places == [_as_place(where)] else places,
+        "init": init,
+        **options,
+    }
     norm = entry.get("norm_layer")
     if norm is not None and not isinstance(norm, str):
         names = [name for name, known in NORMS.items() if known is norm]
