@@ -407,9 +407,3 @@ def test_errors():
         measure_cost(copy.deepcopy(model).to("meta"), x)
     with pytest.raises(ValueError, match="on one device.*cpu, meta"):
         compare_costs({"a": model, "b": copy.deepcopy(model).to("meta")}, x)
-
-
-# ----------------------------------------------------------------------------------------- command
-
-ENCODER = "tu-mobilenetv3_small_050"
-SMALL = ["--encoder", ENCODER, "--size", "64", "--rounds", "1", "--device", "cpu"]

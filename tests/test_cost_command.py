@@ -16,6 +16,9 @@ from cbam_ext import _cost_command, _timing
 from cbam_ext.__main__ import main
 from cbam_ext.cost import Cost, CostTable
 
+ENCODER = "tu-mobilenetv3_small_050"
+SMALL = ["--encoder", ENCODER, "--size", "64", "--rounds", "1", "--device", "cpu"]
+
 
 @pytest.fixture
 def hasty(monkeypatch):
