@@ -124,7 +124,7 @@ def test_three_models(tmp_path: Path) -> None:
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before, after = plain(x), model(x)
-    assert 0 < float((before - after).abs().max() / before.abs().max()) < 0.1
+    assert 0 < float((before - after).abs().max() / before.abs().max()) < 0.3
 
 
 def _assert_same_outputs(before: nn.Module, after: nn.Module, count: int) -> None:
