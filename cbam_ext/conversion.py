@@ -25,6 +25,7 @@ from ._conversion.pairs import (
     has_forward,
     has_pair,
     is_sequence,
+    put,
     replace_pairs,
 )
 from ._conversion.plain import plain_module
@@ -309,11 +310,10 @@ class _Conversion:
         self.report.converted.append(Converted(name, kind, notes, error))
 
     def _put(self, name: str, module: nn.Module) -> None:
-        if not name:
+        if name:
+            put(self.model, name, module)
+        else:
             self.model = module
-            return
-        parent, _, child = name.rpartition(".")
-        self.model.get_submodule(parent)._modules[child] = module
 
 
 def _is_candidate(module: nn.Module) -> bool:

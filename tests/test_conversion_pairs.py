@@ -301,7 +301,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "shown": (Shown, "between its two gates is used elsewhere"),
     "gate shown": (GateShown, "its channel gate is not one plain product"),
     "crossed": (Crossed, "does not see what its channel gate refined"),
-    "other": (Other, "more than one product|computes something else|is not"),
+    "other": (Other, "with its channel gate is not one plain product"),
     "branching": (Branching, "cannot trace its forward: TraceError"),
     "reused": (Reused, "uses ca more than once"),
     "aliased": (Aliased, "rewritten forward computes something else"),

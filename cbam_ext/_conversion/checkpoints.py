@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,86 +14,77 @@ from .recognition import Structure, translate_conv
 
 @dataclass(frozen=True)
 class Form:
-    """The names that one implementation gives to its layers.
+    """The names that one implementation, or one converted module, gives to its layers.
 
-    ``swapped``: channel 0 of its convolution sees the maximum. ``residual``: it adds its input.
     ``depth``: of how many names the CBAM's own name in the base is made, where the layers stand
     beside it and not in it.
     """
 
     source: str
-    fc1: str
-    fc2: str
-    conv: str
-    norm: str | None = None
-    swapped: bool = False
-    residual: bool = False
+    structure: Structure
     depth: int = 0
 
     @staticmethod
     def of(kind: str, structure: Structure, halves: dict[str, str] | None = None) -> Form:
         """What was found in a module of class ``kind``, or in two halves of these names."""
-        names = [structure.fc1, structure.fc2, structure.conv, structure.norm]
-        depth = 0
-        if halves is not None:
-            depth = halves["channel"].count(".") + 1
-            split = [None if name is None else name.partition(".") for name in names]
-            names = [None if s is None else f"{halves[s[0]]}.{s[2]}".rstrip(".") for s in split]
-        fc1, fc2, conv, norm = names
-        return Form(kind, fc1, fc2, conv, norm, structure.swapped, structure.residual, depth)  # type: ignore[arg-type]
+        if halves is None:
+            return Form(kind, structure)
+
+        def beside(name: str) -> str:
+            half, _, rest = name.partition(".")
+            return f"{halves[half]}.{rest}".rstrip(".")
+
+        renamed = replace(
+            structure,
+            fc1=beside(structure.fc1),
+            fc2=beside(structure.fc2),
+            conv=beside(structure.conv),
+            norm=None if structure.norm is None else beside(structure.norm),
+        )
+        return Form(kind, renamed, halves["channel"].count(".") + 1)
 
     def layers(self) -> dict[str, str]:
         """Their names by ours."""
-        layers = {"channel.fc1": self.fc1, "channel.fc2": self.fc2, "spatial.conv": self.conv}
-        return layers if self.norm is None else {**layers, "spatial.norm": self.norm}
+        s = self.structure
+        layers = {"channel.fc1": s.fc1, "channel.fc2": s.fc2, "spatial.conv": s.conv}
+        return layers if s.norm is None else {**layers, "spatial.norm": s.norm}
 
     def at(self, base: str, state: Mapping[str, Tensor]) -> bool:
         """Whether ``state`` has this form's layers under ``base``."""
-        weights = [state.get(f"{base}{name}.weight") for name in (self.fc1, self.fc2, self.conv)]
-        if any(weight is None for weight in weights):
+        names = (self.structure.fc1, self.structure.fc2, self.structure.conv)
+        shapes = [tuple(state[n].shape) for name in names if (n := f"{base}{name}.weight") in state]
+        if len(shapes) < len(names):
             return False
-        fc1, fc2, conv = (tuple(weight.shape) for weight in weights)  # type: ignore[union-attr]
+        fc1, fc2, conv = shapes
         return fc1[:2] == fc2[:2][::-1] and len(conv) == 4 and conv[:2] == (1, 2)
 
 
+_AUTHORS = Structure(
+    "ChannelGate.mlp.1",
+    "ChannelGate.mlp.3",
+    "SpatialGate.spatial.conv",
+    "SpatialGate.spatial.bn",
+    swapped=True,
+)
+_TIMM = Structure("channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn")
+_MMYOLO = Structure(
+    "channel_attention.fc.0.conv", "channel_attention.fc.1.conv", "spatial_attention.conv.conv"
+)
+_EXTERNAL = Structure("ca.se.0", "ca.se.2", "sa.conv", swapped=True, residual=True)
+_PEACHYPIE = Structure("cam.linear.0", "cam.linear.2", "sam.conv", swapped=True, residual=True)
+
 _FORMS = (
-    Form(
-        "Jongchan/attention-module (the authors)",
-        "ChannelGate.mlp.1",
-        "ChannelGate.mlp.3",
-        "SpatialGate.spatial.conv",
-        "SpatialGate.spatial.bn",
-        swapped=True,
-    ),
-    Form("timm", "channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn"),
-    Form("luuuyi/CBAM.PyTorch", "ca.fc.0", "ca.fc.2", "sa.conv1"),
-    Form("luuuyi/CBAM.PyTorch, older", "ca.fc1", "ca.fc2", "sa.conv1"),
+    Form("Jongchan/attention-module (the authors)", _AUTHORS),
+    Form("timm", _TIMM),
+    Form("luuuyi/CBAM.PyTorch", Structure("ca.fc.0", "ca.fc.2", "sa.conv1")),
+    Form("luuuyi/CBAM.PyTorch, older", Structure("ca.fc1", "ca.fc2", "sa.conv1")),
     # Its classifier has a pair at each end.
-    Form("luuuyi/CBAM.PyTorch", "ca1.fc.0", "ca1.fc.2", "sa1.conv1"),
-    Form("luuuyi/CBAM.PyTorch, older", "ca1.fc1", "ca1.fc2", "sa1.conv1"),
-    Form(
-        "open-mmlab/mmyolo",
-        "channel_attention.fc.0.conv",
-        "channel_attention.fc.1.conv",
-        "spatial_attention.conv.conv",
-    ),
-    Form(
-        "xmu-xiaoma666/External-Attention-pytorch",
-        "ca.se.0",
-        "ca.se.2",
-        "sa.conv",
-        swapped=True,
-        residual=True,
-    ),
-    Form(
-        "Peachypie98/CBAM",
-        "cam.linear.0",
-        "cam.linear.2",
-        "sam.conv",
-        swapped=True,
-        residual=True,
-    ),
-    Form("braindecode", "fc.0", "fc.2", "conv"),
+    Form("luuuyi/CBAM.PyTorch", Structure("ca1.fc.0", "ca1.fc.2", "sa1.conv1")),
+    Form("luuuyi/CBAM.PyTorch, older", Structure("ca1.fc1", "ca1.fc2", "sa1.conv1")),
+    Form("open-mmlab/mmyolo", _MMYOLO),
+    Form("xmu-xiaoma666/External-Attention-pytorch", _EXTERNAL),
+    Form("Peachypie98/CBAM", _PEACHYPIE),
+    Form("braindecode", Structure("fc.0", "fc.2", "conv")),
 )
 
 # Names that tell of something else than a CBAM, by what they end in.
@@ -209,9 +200,9 @@ def _forms_of(
 ) -> Iterator[tuple[Form, str]]:
     """The forms that the CBAM called ``name`` has in ``state``, and what stands before the names.
 
-    First what it was converted from, of which more is known than names tell.
-    Gates that a block multiplied itself stand beside each other in that block; their CBAM has the
-    name of the first (or any, where the block has but one).
+    First what it was converted from, of which more is known than names tell. Gates that a block
+    multiplied itself stand beside each other in that block; their CBAM has the name of the first
+    (or any, where the block has but one).
     """
     origin = getattr(target, "_converted_from", None)
     if origin is not None:
@@ -225,8 +216,8 @@ def _forms_of(
         parent, _, last = name.rpartition(".")
         base = f"{parent}." if parent else ""
         here = [form for form in _FORMS if form.at(base, state)]
-        named = [form for form in here if form.fc1.split(".")[0] == last]
-        pairs = {form.fc1.split(".")[0] for form in here}
+        named = [form for form in here if form.structure.fc1.split(".")[0] == last]
+        pairs = {form.structure.fc1.split(".")[0] for form in here}
         yield from ((form, base) for form in (named or (here if len(pairs) == 1 else [])))
 
 
@@ -241,7 +232,7 @@ def _translate(
             if value is None:
                 continue
             if tensor == "weight" and ours == "spatial.conv":
-                value = translate_conv(value, form.swapped)
+                value = translate_conv(value, form.structure.swapped)
             elif tensor == "weight" and ours != "spatial.norm":
                 value = value.flatten(1)
             moved[f"{prefix}{ours}.{tensor}"] = value
@@ -256,25 +247,27 @@ def _misfits(
 ) -> Iterator[str]:
     """How ``target`` would have to be built for this checkpoint."""
     whose = f"the checkpoint's CBAM ({form.source})"
-    if form.residual and not isinstance(target, Residual):
+    if form.structure.residual and not isinstance(target, Residual):
         yield f"{whose} adds its input; build it as cbam_ext.Residual(cbam_ext.CBAM(...))"
-    elif isinstance(target, Residual) and not form.residual:
+    elif isinstance(target, Residual) and not form.structure.residual:
         yield f"{whose} does not add its input, but cbam_ext.Residual does"
     cbam = target.cbam if isinstance(target, Residual) else target
-    hidden, channels = state[f"{base}{form.fc1}.weight"].shape[:2]
-    kernel = max(state[f"{base}{form.conv}.weight"].shape[2:])
+    hidden, channels = state[f"{base}{form.structure.fc1}.weight"].shape[:2]
+    kernel = max(state[f"{base}{form.structure.conv}.weight"].shape[2:])
     given = {"in_channels": channels, "hidden_channels": hidden, "kernel_size": kernel}
     for option, value in given.items():
         if getattr(cbam, option) != value:
             yield f"the checkpoint has {option}={value}, the module {getattr(cbam, option)}"
     layers = {
-        "mlp_bias": (f"{form.fc2}.bias", cbam.channel.fc2.bias is not None),
-        "conv_bias": (f"{form.conv}.bias", cbam.spatial.conv.bias is not None),
+        "mlp_bias": (f"{form.structure.fc2}.bias", cbam.channel.fc2.bias is not None),
+        "conv_bias": (f"{form.structure.conv}.bias", cbam.spatial.conv.bias is not None),
     }
     for option, (name, present) in layers.items():
         if (f"{base}{name}" in state) != present:
             yield f"the checkpoint needs {option}={f'{base}{name}' in state}"
-    has_norm = form.norm is not None and any(n.startswith(f"{base}{form.norm}.") for n in state)
+    has_norm = form.structure.norm is not None and any(
+        n.startswith(f"{base}{form.structure.norm}.") for n in state
+    )
     if has_norm != (cbam.spatial.norm is not None):
         wanted = "torch.nn.BatchNorm2d" if has_norm else "None"
         yield f"the checkpoint needs norm_layer={wanted}"

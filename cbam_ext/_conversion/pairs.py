@@ -2,9 +2,9 @@
 
 torch.fx traces that forward, with every submodule as one node. Where the graph shows that the two
 gates and their products are a CBAM and that nothing else looks at what lies between, they become
-one node, and the module gets the new forward. A forward that cannot be
-traced, does something else in training, or uses its gates otherwise is left alone, with the reason.
-Plain attributes that it reads count with the values that they have at that moment.
+one node, and the module gets the new forward. A forward that cannot be traced, does something else
+in training, or uses its gates otherwise is left alone, with the reason. Plain attributes that it
+reads count with the values that they have at that moment.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def add_cbam(
     Works for all architectures of smp, before or after training, and keeps every weight and every
     key of the ``state_dict``. The new parameters are ``decoder.cbam_features.<stage>.*`` and
     ``decoder.cbam_output.*``: ``freeze_encoder()`` leaves them trainable. Give them to the
-    optimiser, that is, call this before making it.
+    optimiser, that is, call this before making it. Whatever ``torch.compile`` made in this process
+    before is compiled anew, because old code would not call the CBAMs.
 
     ``model.config`` records the call. In a process that called :func:`register`, the architectures
     take the same as a keyword, ``smp.FPN("resnet18", cbam="skips")`` or ``cbam={"where": "skips",
