@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from . import _formulas, reference
 from ._calls import below_autograd, call
+from ._derivatives import Results, pull, push
 
 PARAMETERS = 6  # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
-
-Results = tuple[Tensor, ...]
 
 
 # ------------------------------------------------------------------------ the operator in one piece
@@ -52,7 +51,7 @@ class _Forward(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        (tangent,) = _push(_output, ctx.saved_tensors, tangents)
+        (tangent,) = push(_output, ctx.saved_tensors, tangents)
         return tangent, None, None
 
     @staticmethod
@@ -100,6 +99,32 @@ class _EagerForward(Function):
     backward = staticmethod(_Forward.backward)
 
 
+class _EagerGates(Function):
+    """(input, parameters) -> both gates. Their gradient is that of forward without an output."""
+
+    @staticmethod
+    def forward(ctx: Any, namespace: str, *arguments: Tensor | None) -> Results:
+        gates = call(namespace, "gates", *arguments)
+        ctx.namespace = namespace
+        ctx.save_for_backward(*arguments, *gates)
+        return gates
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_channel_gate: Tensor, grad_spatial_gate: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        input, *parameters, channel_gate, spatial_gate = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:]
+        gradients = _call_backward(
+            ctx.namespace,
+            "_logits_backward",
+            *(input.new_zeros(()).expand_as(input), input, channel_gate, spatial_gate),
+            *(grad_channel_gate, grad_spatial_gate * spatial_gate * (1 - spatial_gate)),
+            *(*parameters, *_groups(wanted)),
+        )
+        return None, *_select(gradients, wanted)
+
+
 # -------------------------------------------------------------- in two phases, tied by two carriers
 
 
@@ -120,7 +145,7 @@ class _SpatialLogits(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Results:
-        channel_gate, logits = _push(_formulas.gate_and_logits, ctx.saved_tensors, tangents)
+        channel_gate, logits = push(_formulas.gate_and_logits, ctx.saved_tensors, tangents)
         carriers = (like.new_zeros(()).expand_as(like) for like in (ctx.saved_tensors[0], logits))
         return channel_gate, logits, *carriers
 
@@ -166,7 +191,7 @@ class _ApplyGates(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
-        (tangent,) = _push(_gated, ctx.saved_tensors, tangents[:3])
+        (tangent,) = push(_gated, ctx.saved_tensors, tangents[:3])
         return tangent
 
     @staticmethod
@@ -392,7 +417,7 @@ def _backward_function(
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
-            found = _push(results(ctx.computed), tensors, tangents[: len(tensors)])
+            found = push(results(ctx.computed), tensors, tangents[: len(tensors)])
             by_index = dict(zip(ctx.computed, found, strict=True))
             return tuple(by_index.get(i) for i in range(ctx.results))
 
@@ -403,7 +428,7 @@ def _backward_function(
             if not asked:
                 return (None, *[None] * len(tensors), *no_flags)
             given = tuple(gradient for gradient in gradients if gradient is not None)
-            return (None, *_pull(results(asked), tensors, given), *no_flags)
+            return (None, *pull(results(asked), tensors, given), *no_flags)
 
         @staticmethod
         def vmap(
@@ -442,54 +467,6 @@ def _output(*arguments: Tensor | None) -> Results:
 
 def _gated(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Results:
     return (reference.apply_gates(input, channel_gate, logits),)
-
-
-# By torch.func and not autograd.grad: these have to run inside transforms as well.
-
-
-def _pull(
-    function: Callable[..., Results],
-    arguments: Sequence[Tensor | None],
-    gradients: Results,
-) -> tuple[Tensor | None, ...]:
-    """Reverse mode: gradients of results to gradients of arguments."""
-    present, call = _without_none(function, arguments)
-    _, pull = torch.func.vjp(call, *(arguments[i] for i in present))
-    found = dict(zip(present, pull(gradients), strict=True))
-    return tuple(found.get(i) for i in range(len(arguments)))
-
-
-def _push(
-    function: Callable[..., Results],
-    arguments: Sequence[Tensor | None],
-    tangents: Sequence[Tensor | None],
-) -> Results:
-    """Forward mode: tangents of arguments to tangents of results."""
-    arguments = [None if a is None else forward_ad.unpack_dual(a).primal for a in arguments]
-    present, call = _without_none(function, arguments)
-    # Reverse mode twice, since forward mode does not nest: `pull` is linear in its argument, and
-    # its own gradient there is the product looked for.
-    results, pull = torch.func.vjp(call, *(arguments[i] for i in present))
-    _, push = torch.func.vjp(pull, tuple(map(torch.zeros_like, results)))
-    given = (
-        torch.zeros_like(argument) if (tangent := tangents[i]) is None else tangent
-        for i in present
-        if (argument := arguments[i]) is not None
-    )
-    return push(tuple(given))[0]
-
-
-def _without_none(
-    function: Callable[..., Results], arguments: Sequence[Tensor | None]
-) -> tuple[list[int], Callable[..., Results]]:
-    """Which arguments are there, and ``function`` of those alone."""
-    present = [i for i, argument in enumerate(arguments) if argument is not None]
-
-    def call(*values: Tensor) -> Results:
-        given = dict(zip(present, values, strict=True))
-        return function(*(given.get(i) for i in range(len(arguments))))
-
-    return present, call
 
 
 BACKWARD = {

@@ -24,18 +24,8 @@ def check_arguments(
     conv_bias: Tensor | None,
 ) -> None:
     """Raises TypeError or ValueError that names the argument, what was expected and what came."""
-    _check_tensor("input", input)
-    if input.dtype not in DTYPES:
-        raise TypeError(
-            f"input must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}"
-        )
-    if input.dim() != 4:
-        raise ValueError(f"input must have 4 dimensions [N, C, H, W], got {_shape(input)}")
-    _, channels, height, width = input.shape
-    if channels == 0 or height == 0 or width == 0:
-        raise ValueError(f"input must have C, H and W of at least 1, got {_shape(input)}")
-    if channels > MAX_CHANNELS:
-        raise ValueError(f"input must have at most {MAX_CHANNELS} channels, got {_shape(input)}")
+    check_input(input)
+    channels = input.shape[1]
 
     parameters = {
         "fc1_weight": fc1_weight,
@@ -69,6 +59,22 @@ def check_arguments(
             f"conv_weight must have shape [1, 2, k, k] with k odd, got {_shape(conv_weight)}"
         )
     _check_shape("conv_bias", conv_bias, [1])
+
+
+def check_input(input: Tensor) -> None:
+    """What :func:`check_arguments` says of the feature map."""
+    _check_tensor("input", input)
+    if input.dtype not in DTYPES:
+        raise TypeError(
+            f"input must be float64, float32, bfloat16 or float16, got {_name(input.dtype)}"
+        )
+    if input.dim() != 4:
+        raise ValueError(f"input must have 4 dimensions [N, C, H, W], got {_shape(input)}")
+    _, channels, height, width = input.shape
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"input must have C, H and W of at least 1, got {_shape(input)}")
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"input must have at most {MAX_CHANNELS} channels, got {_shape(input)}")
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -15,6 +15,8 @@ for the flags that say which gradients are wanted; None stands for the gradient 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +68,39 @@ def apply_backward(
 
 
 @without_autocast
+def channel_stats_backward(grad_stats: Tensor, input: Tensor, channel_gate: Tensor) -> Tensor:
+    """``_channel_stats_backward``: the gradient of the channel gate, ``[N, C, 1, 1]``."""
+    x = input.to(accumulator_dtype(input.dtype))
+    return (_through_stats(grad_stats, channel_gate * x) * x).sum((2, 3), keepdim=True)
+
+
+@without_autocast
+def pool_backward(
+    grad_pooled: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    grad_stats: Tensor,
+) -> Tensor:
+    """``_pool_backward``: all of the input's gradient, once what is behind the gates is known."""
+    dtype = accumulator_dtype(input.dtype)
+    x = input.to(dtype)
+    du = grad_output.to(dtype) * spatial_gate + _through_stats(grad_stats, channel_gate * x)
+    grad_average, grad_maximum = (grad[..., None] for grad in grad_pooled.unbind(1))
+    pixels = x.flatten(2)
+    dx = (channel_gate * du).flatten(2) + grad_average / pixels.shape[2]
+    dx = dx.scatter_add(2, pixels.max(2, keepdim=True).indices, grad_maximum)
+    return dx.view_as(x).to(input.dtype)
+
+
+def _through_stats(grad_stats: Tensor, u: Tensor) -> Tensor:
+    """The gradient of ``u`` from that of its mean and maximum over the channels."""
+    through_mean = (grad_stats[:, :1] / u.shape[1]).expand_as(u)
+    return through_mean.scatter_add(1, u.max(1, keepdim=True).indices, grad_stats[:, 1:])
+
+
+@without_autocast
 def logits_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -85,34 +120,25 @@ def logits_backward(
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     w1, b1, w2, _, conv, _ = (None if p is None else p.to(dtype) for p in parameters)
     assert w1 is not None and w2 is not None and conv is not None
-    x, padding = input.to(dtype), conv.shape[-1] // 2
+    padding = conv.shape[-1] // 2
 
     # The convolution.
-    u = channel_gate * x
-    largest = u.max(1, keepdim=True)
-    stats = torch.cat([u.mean(1, keepdim=True), largest.values], 1)
+    stats = reference.channel_stats(input, channel_gate)
     grad_stats, grad_conv, _ = torch.ops.aten.convolution_backward(
         *(grad_logits, stats, conv, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1),
         [True, True, False],
     )
-    du = (grad_stats[:, :1] / u.shape[1]).expand_as(u)
-    du = du.scatter_add(1, largest.indices, grad_stats[:, 1:])
 
     # The MLP.
-    dz = channel_gate * (1 - channel_gate) * (grad_channel_gate + (du * x).sum((2, 3), True))
-    dz = dz.flatten(1)
-    pixels = x.flatten(2)
-    first = pixels.max(2, keepdim=True)
-    pooled = pixels.mean(2), first.values.flatten(1)
+    grad_gate = grad_channel_gate + channel_stats_backward(grad_stats, input, channel_gate)
+    dz = (channel_gate * (1 - channel_gate) * grad_gate).flatten(1)
+    pooled = reference.pool(input).unbind(1)
     before = [F.linear(value, w1, b1) for value in pooled]
     hidden = [F.relu(value) for value in before]
     grad_before = [(dz @ w2) * (value > 0) for value in before]
-    grad_pooled = [value @ w1 for value in grad_before]
+    grad_pooled = torch.stack([value @ w1 for value in grad_before], 1)
 
-    dx = channel_gate * (grad_output.to(dtype) * spatial_gate + du)
-    dx = dx + (grad_pooled[0] / pixels.shape[2])[..., None, None]
-    dx = dx.flatten(2).scatter_add(2, first.indices, grad_pooled[1][..., None]).view_as(x)
-
+    dx = pool_backward(grad_pooled, grad_output, input, channel_gate, spatial_gate, grad_stats)
     gradients = (
         grad_before[0].T @ pooled[0] + grad_before[1].T @ pooled[1],
         (grad_before[0] + grad_before[1]).sum(0),
@@ -121,7 +147,16 @@ def logits_backward(
         grad_conv,
         grad_logits.sum().view(1),
     )
-    return dx.to(input.dtype), *(
+    return dx, *(
         None if parameter is None else gradient.to(parameter.dtype)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     )
+
+
+# The operators that do what is around layers, in their own words.
+PIECES: dict[str, Callable[..., Tensor]] = {
+    "_pool": reference.pool,
+    "_channel_stats": reference.channel_stats,
+    "_channel_stats_backward": channel_stats_backward,
+    "_pool_backward": pool_backward,
+}

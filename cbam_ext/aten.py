@@ -41,6 +41,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         "_apply": reference.apply_gates,
         "_apply_backward": _formulas.apply_backward,
         "_logits_backward": _gradients(_formulas.logits_backward),
+        **_formulas.PIECES,
     }
     return {getattr(torch.ops.cbam, name).default: f for name, f in functions.items()}
 

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _library, ops, reference
 from ._checks import check_arguments
@@ -66,6 +67,8 @@ def cbam(
     """
     arguments = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     if not use_kernels(input):
+        if not isinstance(input, Tensor) and has_torch_function(arguments):  # a Proxy of torch.fx
+            return handle_torch_function(cbam, arguments, *arguments)
         return reference.cbam(*arguments)
     try:
         return ops.cbam(*arguments)
@@ -84,7 +87,7 @@ def gates(
     conv_weight: Tensor,
     conv_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two gates of :func:`cbam`, for looking at: not differentiable.
+    """The two gates of :func:`cbam`, differentiable as well.
 
     Returns:
         Channel gate ``[N, C, 1, 1]`` and spatial gate ``[N, 1, H, W]``, values in [0, 1], in the
@@ -93,10 +96,9 @@ def gates(
     arguments = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     if not use_kernels(input):
         check_arguments(*arguments)
-        with torch.no_grad():
-            channel_gate = reference.channel_gate(*arguments[:5])
-            logits = reference.spatial_logits(input, channel_gate, conv_weight, conv_bias)
-            return channel_gate, torch.sigmoid(logits)
+        channel_gate = reference.channel_gate(*arguments[:5])
+        logits = reference.spatial_logits(input, channel_gate, conv_weight, conv_bias)
+        return channel_gate, torch.sigmoid(logits)
     try:
         return ops.gates(*arguments)
     except RuntimeError:

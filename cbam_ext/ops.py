@@ -14,15 +14,15 @@ inside an operator.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import _flops, _library, reference
+from . import _flops, _formulas, _library, reference
 from ._autograd import (
     BACKWARD,
     PARAMETERS,
@@ -32,6 +32,7 @@ from ._autograd import (
     _EagerApplyGates,
     _EagerBatchNorm,
     _EagerForward,
+    _EagerGates,
     _EagerSpatialLogits,
     _Forward,
     _Logits,
@@ -45,7 +46,7 @@ from ._calls import (
     remember_overloads,
     wants_gradient,
 )
-from ._checks import check_arguments
+from ._checks import check_arguments, check_input
 
 # Kept alive for as long as the process runs: a Library takes its registrations along when it dies.
 _registrations: dict[str, torch.library.Library] = {}
@@ -72,11 +73,26 @@ def cbam(input: Tensor, *parameters: Tensor | None, namespace: str = "cbam") -> 
 def gates(
     input: Tensor, *parameters: Tensor | None, namespace: str = "cbam"
 ) -> tuple[Tensor, Tensor]:
-    """``torch.ops.cbam.gates``."""
+    """``torch.ops.cbam.gates``, but differentiable."""
     arguments = (input, *parameters)
+    if torch._C._are_functorch_transforms_active() or _wants_derivative(arguments):
+        if _is_reverse_mode_alone():
+            return _EagerGates.apply(namespace, *arguments)
+        channel_gate, logits, _ = spatial_logits(*arguments, namespace=namespace)
+        return channel_gate, torch.sigmoid(logits)
     if is_ordinary(arguments):
         return below_autograd(namespace, "gates", *arguments)
     return operators(namespace).gates(*arguments)
+
+
+def _is_reverse_mode_alone() -> bool:
+    """Whether a Function without ``setup_context`` has all that is asked of it."""
+    return not (
+        torch.compiler.is_compiling()
+        or is_recorded()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def spatial_logits(
@@ -157,6 +173,9 @@ def around_batch_norm(
 
 def _like_output(input: Tensor) -> Tensor:
     """An empty tensor of the strides that the kernels give output and input gradient."""
+    # Imported here, because it brings sympy, which takes longer than all of this package.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     channels_last = input.is_contiguous(memory_format=torch.channels_last)
     if statically_known_true(input.shape[0] == 0):
         # An empty tensor counts as contiguous whatever its strides, and keeps them in empty_like.
@@ -240,6 +259,26 @@ def _fake_logits_backward(
     )
 
 
+def _fake_pool(input: Tensor) -> Tensor:
+    check_input(input)
+    dtype = reference.accumulator_dtype(input.dtype)
+    return input.new_empty((input.shape[0], 2, input.shape[1]), dtype=dtype)
+
+
+def _fake_channel_stats(input: Tensor, channel_gate: Tensor) -> Tensor:
+    check_input(input)
+    n, _, h, w = input.shape
+    return channel_gate.new_empty((n, 2, h, w))
+
+
+def _fake_channel_stats_backward(grad_stats: Tensor, input: Tensor, channel_gate: Tensor) -> Tensor:
+    return _like_gates(input)[0]
+
+
+def _fake_pool_backward(grad_pooled: Tensor, grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return _like_output(input)
+
+
 # --------------------------------------------------------------------------------- registration
 
 _FAKES = {
@@ -251,6 +290,10 @@ _FAKES = {
     "_apply": _fake_apply,
     "_apply_backward": _fake_apply_backward,
     "_logits_backward": _fake_logits_backward,
+    "_pool": _fake_pool,
+    "_channel_stats": _fake_channel_stats,
+    "_channel_stats_backward": _fake_channel_stats_backward,
+    "_pool_backward": _fake_pool_backward,
 }
 
 _PUBLIC = ("forward", "gates")
@@ -262,6 +305,12 @@ def _differentiable_forward(namespace: str, *arguments: Tensor | None) -> Tensor
     return _Forward.apply(namespace, *arguments)[0]
 
 
+def _without_namespace(
+    formula: Callable[..., Tensor], namespace: str, *arguments: Tensor
+) -> Tensor:
+    return formula(*arguments)
+
+
 # The functions that stand under the Autograd key where a gradient is wanted. gates, by contract,
 # is not differentiable.
 _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
@@ -270,6 +319,11 @@ _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "_logits": _Logits.apply,
     "_apply": _Apply.apply,
     **{name: function.apply for name, function in BACKWARD.items()},
+    # Around layers that are called (_pieces.py): what differentiates these a second time.
+    **{
+        name: functools.partial(_without_namespace, formula)
+        for name, formula in _formulas.PIECES.items()
+    },
 }
 
 

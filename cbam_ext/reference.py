@@ -61,6 +61,14 @@ def cbam(
 
 
 @without_autocast
+def pool(input: Tensor) -> Tensor:
+    """What the MLP sees: average (0) and maximum (1) over the pixels, ``[N, 2, C]``."""
+    pixels = input.to(accumulator_dtype(input.dtype)).flatten(2)  # [N, C, P]
+    # max(dim) and not amax: ties send the whole gradient to the first maximum.
+    return torch.stack([pixels.mean(2), pixels.max(2).values], 1)
+
+
+@without_autocast
 def channel_gate(
     input: Tensor,
     fc1_weight: Tensor,
@@ -73,27 +81,32 @@ def channel_gate(
     One MLP serves both pooled vectors, so the bias of its second layer counts twice.
     """
     dtype = accumulator_dtype(input.dtype)
-    pixels = input.to(dtype).flatten(2)  # [N, C, P]
 
     def mlp(pooled: Tensor) -> Tensor:
         hidden = F.relu(F.linear(pooled, fc1_weight.to(dtype), _to(fc1_bias, dtype)))
         return F.linear(hidden, fc2_weight.to(dtype), _to(fc2_bias, dtype))
 
-    # max(dim) and not amax: ties send the whole gradient to the first maximum.
-    return torch.sigmoid(mlp(pixels.mean(2)) + mlp(pixels.max(2).values))[..., None, None]
+    average, maximum = pool(input).unbind(1)
+    return torch.sigmoid(mlp(average) + mlp(maximum))[..., None, None]
+
+
+@without_autocast
+def channel_stats(input: Tensor, channel_gate: Tensor) -> Tensor:
+    """What the convolution sees of ``u = channel_gate * input``: ``[N, 2, H, W]``.
+
+    Channel 0 is the average over the channels of ``u``, channel 1 the maximum.
+    """
+    refined = channel_gate * input.to(accumulator_dtype(input.dtype))
+    return torch.stack([refined.mean(1), refined.max(1).values], 1)
 
 
 @without_autocast
 def spatial_logits(
     input: Tensor, channel_gate: Tensor, conv_weight: Tensor, conv_bias: Tensor | None
 ) -> Tensor:
-    """Logits of the spatial attention (paper, equation 3): ``[N, 1, H, W]``, accumulator dtype.
-
-    Channel 0 of the convolution sees the average over the channels, channel 1 the maximum.
-    """
+    """Logits of the spatial attention (paper, equation 3): ``[N, 1, H, W]``, accumulator dtype."""
     dtype = accumulator_dtype(input.dtype)
-    refined = channel_gate * input.to(dtype)
-    stats = torch.cat([refined.mean(1, keepdim=True), refined.max(1, keepdim=True).values], 1)
+    stats = channel_stats(input, channel_gate)
     padding = conv_weight.shape[-1] // 2
     return F.conv2d(stats, conv_weight.to(dtype), _to(conv_bias, dtype), padding=padding)
 

@@ -242,10 +242,19 @@ Tensor small_map(const char* name, const Tensor& map, const Tensor& input, MapKi
   STD_TORCH_CHECK(map.scalar_type() == accumulator, name, " must be ", name_of(accumulator),
                   " for an input of ", name_of(input.scalar_type()), ", got ",
                   name_of(map.scalar_type()));
-  if (kind == MapKind::kChannel) {
-    check_shape(name, map, {input.size(0), input.size(1), 1, 1});
-  } else {
-    check_shape(name, map, {input.size(0), 1, input.size(2), input.size(3)});
+  switch (kind) {
+    case MapKind::kChannel:
+      check_shape(name, map, {input.size(0), input.size(1), 1, 1});
+      break;
+    case MapKind::kSpatial:
+      check_shape(name, map, {input.size(0), 1, input.size(2), input.size(3)});
+      break;
+    case MapKind::kPooled:
+      check_shape(name, map, {input.size(0), 2, input.size(1)});
+      break;
+    case MapKind::kStats:
+      check_shape(name, map, {input.size(0), 2, input.size(2), input.size(3)});
+      break;
   }
   return contiguous_of(map);
 }

@@ -46,9 +46,14 @@ torch::stable::Tensor empty_like_input(const torch::stable::Tensor& input);
 torch::stable::Tensor like_input(const char* name, const torch::stable::Tensor& tensor,
                                  const torch::stable::Tensor& input);
 
-// A gate, or a gradient of one, in the accumulator dtype, which check_device has seen: contiguous
-// [N, C, 1, 1] or [N, 1, H, W].
-enum class MapKind { kChannel, kSpatial };
+// A map beside x (a gate, say), or a gradient of one, in the accumulator dtype, which check_device
+// has seen: contiguous, of the shape that its kind has.
+enum class MapKind {
+  kChannel,  // [N, C, 1, 1]
+  kSpatial,  // [N, 1, H, W]
+  kPooled,   // [N, 2, C]
+  kStats,    // [N, 2, H, W]
+};
 torch::stable::Tensor small_map(const char* name, const torch::stable::Tensor& map,
                                 const torch::stable::Tensor& input, MapKind kind);
 

@@ -7,8 +7,8 @@
 //   static constexpr int64_t kAlignment;
 //       bytes; feature maps and gates that begin elsewhere are copied for it
 //   static void run(const Tensor& input, const ForwardArgs& args);
-//       and the same for ApplyArgs, ApplyBackwardArgs and BackwardArgs; new memory can be had
-//       from new_empty(input, ...). The batch may be empty.
+//       and the same for all other argument structs of problem.h; new memory can be had from
+//       new_empty(input, ...). The batch may be empty.
 //
 // Gradients, fake kernels and everything else that the stable ABI leaves to Python are in
 // cbam_ext/ops.py.
@@ -69,6 +69,19 @@ inline void define_operators(Library& m) {
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
       "Tensor conv_weight, Tensor? conv_bias, bool input_grad, bool mlp_grads, bool conv_grads) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // What is around the layers, where PyTorch runs those itself: with _apply and _apply_backward it
+  // makes forward and backward.
+  // [N,C,H,W] -> [N,2,C]: average and maximum over the pixels, for the MLP.
+  m.def("_pool(Tensor input) -> Tensor");
+  // -> [N,2,H,W]: mean and maximum of channel_gate * input over the channels, for the convolution.
+  m.def("_channel_stats(Tensor input, Tensor channel_gate) -> Tensor");
+  // The gradient of channel_gate alone; that of input is in the next.
+  m.def("_channel_stats_backward(Tensor grad_stats, Tensor input, Tensor channel_gate) -> Tensor");
+  // Everything that input receives, rounded once.
+  m.def(
+      "_pool_backward(Tensor grad_pooled, Tensor grad_output, Tensor input, Tensor channel_gate, "
+      "Tensor spatial_gate, Tensor grad_stats) -> Tensor");
 }
 
 // --------------------------------------------------------------------------------- allocation
@@ -89,6 +102,15 @@ inline Tensor empty_channel_gate(const Tensor& input) {
 
 inline Tensor empty_spatial_map(const Tensor& input) {
   return empty(input, {input.size(0), 1, input.size(2), input.size(3)},
+               accumulator_dtype(input.scalar_type()));
+}
+
+inline Tensor empty_pooled(const Tensor& input) {
+  return empty(input, {input.size(0), 2, input.size(1)}, accumulator_dtype(input.scalar_type()));
+}
+
+inline Tensor empty_stats(const Tensor& input) {
+  return empty(input, {input.size(0), 2, input.size(2), input.size(3)},
                accumulator_dtype(input.scalar_type()));
 }
 
@@ -322,6 +344,85 @@ struct Operators {
                         {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias},
                         input_grad, mlp_grads, conv_grads);
   }
+
+  static Tensor pool(const Tensor& input) {
+    check_input(input);
+    const Scope scope(input);
+    const Tensor x = native(input);
+    Tensor pooled = empty_pooled(x);
+    PoolArgs args{};
+    args.problem = describe(x);
+    args.input = x.const_data_ptr();
+    args.pooled = pooled.mutable_data_ptr();
+    Backend::run(x, args);
+    return pooled;
+  }
+
+  static Tensor channel_stats(const Tensor& input, const Tensor& channel_gate) {
+    check_input(input);
+    check_device("channel_gate", channel_gate, input);
+    const Scope scope(input);
+    const Tensor x = native(input);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    Tensor stats = empty_stats(x);
+    ChannelStatsArgs args{};
+    args.problem = describe(x);
+    args.input = x.const_data_ptr();
+    args.channel_gate = gate.const_data_ptr();
+    args.stats = stats.mutable_data_ptr();
+    Backend::run(x, args);
+    return stats;
+  }
+
+  static Tensor channel_stats_backward(const Tensor& grad_stats, const Tensor& input,
+                                       const Tensor& channel_gate) {
+    check_input(input);
+    check_device("grad_stats", grad_stats, input);
+    check_device("channel_gate", channel_gate, input);
+    const Scope scope(input);
+    const Tensor x = native(input);
+    const Tensor ds = map("grad_stats", grad_stats, x, MapKind::kStats);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    Tensor grad_channel_gate = empty_channel_gate(x);
+    ChannelStatsBackwardArgs args{};
+    args.problem = describe(x);
+    args.grad_stats = ds.const_data_ptr();
+    args.input = x.const_data_ptr();
+    args.channel_gate = gate.const_data_ptr();
+    args.grad_channel_gate = grad_channel_gate.mutable_data_ptr();
+    Backend::run(x, args);
+    return grad_channel_gate;
+  }
+
+  static Tensor pool_backward(const Tensor& grad_pooled, const Tensor& grad_output,
+                              const Tensor& input, const Tensor& channel_gate,
+                              const Tensor& spatial_gate, const Tensor& grad_stats) {
+    check_input(input);
+    check_device("grad_pooled", grad_pooled, input);
+    check_device("grad_output", grad_output, input);
+    check_device("channel_gate", channel_gate, input);
+    check_device("spatial_gate", spatial_gate, input);
+    check_device("grad_stats", grad_stats, input);
+    const Scope scope(input);
+    const Tensor x = native(input);
+    const Tensor dpooled = map("grad_pooled", grad_pooled, x, MapKind::kPooled);
+    const Tensor g = like("grad_output", grad_output, x);
+    const Tensor gate = map("channel_gate", channel_gate, x, MapKind::kChannel);
+    const Tensor sa = map("spatial_gate", spatial_gate, x, MapKind::kSpatial);
+    const Tensor ds = map("grad_stats", grad_stats, x, MapKind::kStats);
+    Tensor grad_input = empty_like_input(x);
+    PoolBackwardArgs args{};
+    args.problem = describe(x);
+    args.grad_pooled = dpooled.const_data_ptr();
+    args.grad_output = g.const_data_ptr();
+    args.input = x.const_data_ptr();
+    args.channel_gate = gate.const_data_ptr();
+    args.spatial_gate = sa.const_data_ptr();
+    args.grad_stats = ds.const_data_ptr();
+    args.grad_input = grad_input.mutable_data_ptr();
+    Backend::run(x, args);
+    return grad_input;
+  }
 };
 
 template <class Backend>
@@ -335,6 +436,10 @@ void implement_operators(Library& m) {
   m.impl("_apply", TORCH_BOX(&Kernels::apply));
   m.impl("_apply_backward", TORCH_BOX(&Kernels::apply_backward));
   m.impl("_logits_backward", TORCH_BOX(&Kernels::logits_backward));
+  m.impl("_pool", TORCH_BOX(&Kernels::pool));
+  m.impl("_channel_stats", TORCH_BOX(&Kernels::channel_stats));
+  m.impl("_channel_stats_backward", TORCH_BOX(&Kernels::channel_stats_backward));
+  m.impl("_pool_backward", TORCH_BOX(&Kernels::pool_backward));
 }
 
 }  // namespace cbam

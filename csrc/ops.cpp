@@ -33,6 +33,17 @@ struct Cpu {
     prepare(args.problem, args.grad_input);
     cpu::kernels().backward(args);
   }
+  static void run(const Tensor&, const PoolArgs& args) { cpu::kernels().pool(args); }
+  static void run(const Tensor&, const ChannelStatsArgs& args) {
+    cpu::kernels().channel_stats(args);
+  }
+  static void run(const Tensor&, const ChannelStatsBackwardArgs& args) {
+    cpu::kernels().channel_stats_backward(args);
+  }
+  static void run(const Tensor&, const PoolBackwardArgs& args) {
+    prepare(args.problem, args.grad_input);
+    cpu::kernels().pool_backward(args);
+  }
 
  private:
   // `written`: a feature map, or null.

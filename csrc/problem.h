@@ -106,4 +106,45 @@ struct BackwardArgs {
   bool conv_grads;                // whether any gradient of the convolution is wanted
 };
 
+// The following are what is left for kernels where PyTorch runs the layers itself: x -> pooled
+// maps, (channel gate, x) -> statistics, and the gradients of both. ApplyArgs and ApplyBackwardArgs
+// go with them.
+
+// Average and maximum of each channel over the pixels: what the MLP sees.
+struct PoolArgs {
+  Problem problem;
+  const void* input;  // [N, C, H, W]
+  void* pooled;       // [N, 2, C] accumulator: average, maximum
+};
+
+// Mean and maximum of u = channel gate * x over the channels: what the convolution sees.
+struct ChannelStatsArgs {
+  Problem problem;
+  const void* input;         // [N, C, H, W]
+  const void* channel_gate;  // [N, C] accumulator
+  void* stats;               // [N, 2, P] accumulator: mean, maximum
+};
+
+// Gradient of ChannelStatsArgs with respect to the channel gate; with respect to x it is taken by
+// PoolBackwardArgs. ds0 and ds1 are the two maps of grad_stats.
+struct ChannelStatsBackwardArgs {
+  Problem problem;
+  const void* grad_stats;    // [N, 2, P] accumulator
+  const void* input;         // [N, C, H, W]
+  const void* channel_gate;  // [N, C] accumulator
+  void* grad_channel_gate;   // [N, C] accumulator: sum_p x (ds0 / C + [c is the argmax at p] ds1)
+};
+
+// Everything that x receives: from y, from the statistics and from the pooled maps.
+struct PoolBackwardArgs {
+  Problem problem;
+  const void* grad_pooled;   // [N, 2, C] accumulator
+  const void* grad_output;   // [N, C, H, W]
+  const void* input;         // [N, C, H, W]
+  const void* channel_gate;  // [N, C] accumulator
+  const void* spatial_gate;  // [N, P] accumulator
+  const void* grad_stats;    // [N, 2, P] accumulator
+  void* grad_input;          // [N, C, H, W]
+};
+
 }  // namespace cbam

@@ -28,7 +28,9 @@ import cbam_ext
 from cbam_ext import reference
 
 FIRST = ("forward", "gates", "_forward_train", "_logits")
-NAMES = (*FIRST, "_backward", "_apply", "_apply_backward", "_logits_backward")
+PHASES = ("_backward", "_apply", "_apply_backward", "_logits_backward")
+PIECES = ("_pool", "_channel_stats", "_channel_stats_backward", "_pool_backward")
+NAMES = (*FIRST, *PHASES, *PIECES)
 
 
 def calls(
@@ -41,6 +43,8 @@ def calls(
     _, logits = backend.ops._logits(*arguments)
     gate_gradient = draw_like(channel_gate, generator)
     logit_gradient = draw_like(logits, generator)
+    stats = backend.ops._channel_stats(x, channel_gate)
+    grad_stats, grad_pooled = (draw_like(t, generator) for t in (stats, backend.ops._pool(x)))
     flags = (True, True, True)
     return {
         **{name: tuple(arguments) for name in FIRST},
@@ -52,6 +56,10 @@ def calls(
             *parameters,
             *flags,
         ),
+        "_pool": (x,),
+        "_channel_stats": (x, channel_gate),
+        "_channel_stats_backward": (grad_stats, x, channel_gate),
+        "_pool_backward": (grad_pooled, g, x, channel_gate, spatial_gate, grad_stats),
     }
 
 

@@ -63,52 +63,92 @@ void apply_backward(const ApplyBackwardArgs& args) {
   });
 }
 
+// What the sweep over x alone is given of one sample, and finds.
 template <class A>
-struct BackwardScratch {
-  BackwardScratch(Arena& arena, const Shape& shape)
+struct StatsScratch {
+  StatsScratch(Arena& arena, const Shape& shape)
       : ca(arena.channels<A>(shape)),
-        gate_grads(arena, shape),
         pools(arena, shape),
-        hidden(arena, shape),
-        mlp(arena, shape),
         tile_argmax(arena.channels<Int<A>>(shape, shape.tiles)),
         tile_dots(arena.channels<A>(shape, shape.tiles)),
         tile_shares(arena.channels<A>(shape, shape.tiles)),
         dots(arena.channels<A>(shape)),
         shares(arena.channels<A>(shape)),
-        daverage(arena.channels<A>(shape)),
-        dmaximum(arena.channels<A>(shape)),
         channel_argmax(arena.take<int64_t>(shape.c)),
-        sums(arena.take<A>(shape.pixels)),
+        means(arena.take<A>(shape.pixels)),
         maxima(arena.take<A>(shape.pixels)),
         argmax(arena.take<Int<A>>(shape.pixels)),
-        ds{arena.take<A>(shape.pixels), arena.take<A>(shape.pixels)},
-        dl(arena, shape),
-        stats{{arena, shape}, {arena, shape}} {}
+        ds{arena.take<A>(shape.pixels), arena.take<A>(shape.pixels)} {}
   A* ca;  // [padded C], padding zero
-  GateGrads<A> gate_grads;
   Pools<A> pools;
-  Hidden<A> hidden;
-  MlpGrads<A> mlp;
   Int<A>* tile_argmax;      // [tiles, padded C] pixel of the band's maximum, counted from its begin
   A* tile_dots;             // [tiles, padded C] sum_p x ds0
-  A* tile_shares;           // [tiles, padded C] sum of u ds1 where the channel is a pixel's maximum
+  A* tile_shares;           // [tiles, padded C] see band_shares
   A* dots;                  // [padded C]
   A* shares;                // [padded C]
-  A* daverage;              // [padded C] gradient of the average over pixels, divided by P
-  A* dmaximum;              // [padded C] gradient of the maximum over pixels
   int64_t* channel_argmax;  // [C] pixel of the maximum of each channel
-  A* sums;                  // [P]
+  A* means;                 // [P] of u
   A* maxima;                // [P]
   Int<A>* argmax;           // [P] channel of the maximum of u
   A* ds[2];                 // [P] gradient of the mean over channels, divided by C; of the maximum
-  Bordered<A> dl;           // gradient of the logits
-  Bordered<A> stats[2];     // mean and maximum of u
+};
+
+// The sweep over x alone for one band, whose ds are known.
+template <class Sweeps, class S, class A>
+inline void band_stats(const Shape& shape, int64_t t, const S* x, const StatsScratch<A>& s) {
+  const Tile pixels = Band(shape, t).pixels;
+  const int64_t at = t * shape.padded_c;
+  const PixelStats<A> pixel{s.means + pixels.begin, s.maxima + pixels.begin,
+                            s.argmax + pixels.begin};
+  const ChannelStats<A> channel{s.pools.tile_sums + at, s.pools.tile_maxima + at,
+                                s.tile_argmax + at, s.tile_dots + at};
+  Sweeps::backward_stats(shape, pixels, x, s.ca, s.ds[0], pixel, channel);
+  settle_stats<Sweeps>(shape, pixels, x, s.ca, pixel.sums, pixel.maxima, pixel.argmax);
+}
+
+// The maximum of a pixel sends its gradient to one channel: sums of ds1 value(p) over the pixels of
+// a band, for the channels where they have their maximum.
+template <class A, class Value>
+inline void band_shares(const Shape& shape, int64_t t, const StatsScratch<A>& s, Value&& value) {
+  const Tile pixels = Band(shape, t).pixels;
+  A* shares = s.tile_shares + t * shape.padded_c;
+  std::fill_n(shares, shape.c, A{0});
+  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
+    shares[s.argmax[p]] += s.ds[1][p] * value(p);
+  }
+}
+
+// The results of all bands, added up.
+template <class A>
+inline void add_bands(const Shape& shape, const StatsScratch<A>& s) {
+  add_all_tiles(shape, s.tile_dots, s.dots);
+  add_all_tiles(shape, s.tile_shares, s.shares);
+}
+
+template <class A>
+struct BackwardScratch {
+  BackwardScratch(Arena& arena, const Shape& shape)
+      : gate_grads(arena, shape),
+        stats(arena, shape),
+        hidden(arena, shape),
+        mlp(arena, shape),
+        daverage(arena.channels<A>(shape)),
+        dmaximum(arena.channels<A>(shape)),
+        dl(arena, shape),
+        maps{{arena, shape}, {arena, shape}} {}
+  GateGrads<A> gate_grads;
+  StatsScratch<A> stats;
+  Hidden<A> hidden;
+  MlpGrads<A> mlp;
+  A* daverage;          // [padded C] gradient of the average over pixels, divided by P
+  A* dmaximum;          // [padded C] gradient of the maximum over pixels
+  Bordered<A> dl;       // gradient of the logits
+  Bordered<A> maps[2];  // mean and maximum of u
 };
 
 // Pixel of each channel's maximum: the first of equals, the first NaN if there is one.
 template <class S, class Sweeps, class A>
-inline void find_channel_argmax(const Shape& shape, const S* x, const BackwardScratch<A>& s) {
+inline void find_channel_argmax(const Shape& shape, const S* x, const StatsScratch<A>& s) {
   constexpr int64_t kNotYet = -1;
   std::fill_n(s.channel_argmax, shape.c, kNotYet);
   for (int64_t t = 0; t < shape.tiles; ++t) {
@@ -136,12 +176,32 @@ inline void add_maximum_grad(const Shape& shape, int64_t c, int64_t p, const S* 
   store_scalar(dx + at, ca[c] * du + maps.davg[c] + dmaximum);
 }
 
-// One sample. `grads` is where its MLP's gradients are kept; `conv_grads` those of the convolution,
+// dx of one sample, whose sweep over x is done and settled. `daverage` and `dmaximum`: gradients of
+// its pooled maps, the first divided by P and [padded C].
+template <class S, class Sweeps, class A>
+inline void sample_input_grad(const Shape& shape, bool parallel, const S* x, const S* g,
+                              const A* sa, const StatsScratch<A>& s, const A* daverage,
+                              const A* dmaximum, S* dx) {
+  find_channel_argmax<S, Sweeps>(shape, x, s);
+  const InputGradMaps<A> maps{s.ds[0], s.ds[1], s.argmax, daverage};
+  each_tile_backwards(shape, parallel, [&](int64_t t) {
+    const Tile tile(shape, t);
+    Sweeps::input_grad(shape, tile, g, s.ca, sa, maps, dx);
+    for (int64_t c = 0; c < shape.c; ++c) {
+      const int64_t p = s.channel_argmax[c];
+      if (p < tile.begin || p >= tile.end) continue;
+      add_maximum_grad<S, Sweeps>(shape, c, p, g, s.ca, sa, maps, dmaximum[c], dx);
+    }
+  });
+}
+
+// One sample. `mlp` is where its MLP's gradients are kept; `conv_grads` those of the convolution,
 // [2, k, k] and the bias, or null.
 template <class S, class Sweeps, class A>
 inline void backward_sample(const BackwardArgs& args, const Shape& shape, const Weights<A>& weights,
-                            bool parallel, int64_t n, const BackwardScratch<A>& s,
+                            bool parallel, int64_t n, const BackwardScratch<A>& scratch,
                             const MlpGrads<A>& mlp, double* conv_grads) {
+  const StatsScratch<A>& s = scratch.stats;
   const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
   const S* g = static_cast<const S*>(args.grad_output) + n * shape.c * shape.pixels;
   const A* sa = static_cast<const A*>(args.spatial_gate) + n * shape.pixels;
@@ -154,82 +214,60 @@ inline void backward_sample(const BackwardArgs& args, const Shape& shape, const 
         const Tile tile(shape, t);
         if (args.grad_logits != nullptr) {
           const A* given = static_cast<const A*>(args.grad_logits) + n * shape.pixels;
-          return s.dl.fill(shape, tile, given + tile.begin);
+          return scratch.dl.fill(shape, tile, given + tile.begin);
         }
         A dl[Shape::kMaxTile];
-        gate_grads<S, Sweeps>(shape, t, x, g, ca, sa, s.gate_grads, dl);
-        s.dl.fill(shape, tile, dl);
+        gate_grads<S, Sweeps>(shape, t, x, g, ca, sa, scratch.gate_grads, dl);
+        scratch.dl.fill(shape, tile, dl);
       },
       [&](int64_t t) {
         const Band band(shape, t);
-        const Tile pixels = band.pixels;
-        const Bordered<A> dl[1] = {s.dl};
+        const Bordered<A> dl[1] = {scratch.dl};
         convolve_rows<1, 2>(shape, band.first_row, band.last_row, dl, weights.conv_flipped,
                             [&](int64_t pixel, auto part, const Vec<A>* sums) {
                               store(s.ds[0] + pixel, sums[0] / static_cast<A>(shape.c), part);
                               store(s.ds[1] + pixel, sums[1], part);
                             });
-        const int64_t at = t * shape.padded_c;
-        const PixelStats<A> pixel{s.sums + pixels.begin, s.maxima + pixels.begin,
-                                  s.argmax + pixels.begin};
-        const ChannelStats<A> channel{s.pools.tile_sums + at, s.pools.tile_maxima + at,
-                                      s.tile_argmax + at, s.tile_dots + at};
-        Sweeps::backward_stats(shape, pixels, x, ca, s.ds[0], pixel, channel);
-        settle_stats<Sweeps>(shape, pixels, x, ca, pixel.sums, pixel.maxima, pixel.argmax);
-        // The maximum sends its gradient to one channel of each pixel.
-        A* shares = s.tile_shares + at;
-        std::fill_n(shares, shape.c, A{0});
-        for (int64_t p = pixels.begin; p < pixels.end; ++p) {
-          shares[s.argmax[p]] += s.ds[1][p] * s.maxima[p];
-        }
+        band_stats<Sweeps>(shape, t, x, s);
+        band_shares(shape, t, s, [&](int64_t p) { return s.maxima[p]; });
         if (args.conv_grads) {
-          s.stats[0].fill(shape, pixels, pixel.sums);
-          s.stats[1].fill(shape, pixels, pixel.maxima);
+          scratch.maps[0].fill(shape, band.pixels, s.means + band.pixels.begin);
+          scratch.maps[1].fill(shape, band.pixels, s.maxima + band.pixels.begin);
         }
       });
 
   if (args.conv_grads) {
     for_each_unit(parallel, count_weight_grad_units(shape), [&](int64_t unit) {
-      convolution_weight_grads(shape, unit, s.dl, s.stats, conv_grads);
+      convolution_weight_grads(shape, unit, scratch.dl, scratch.maps, conv_grads);
     });
     if (args.grads.conv_bias.data != nullptr) {
-      conv_grads[2 * shape.kernel * shape.kernel] = sum_of_pixels(shape, s.dl);
+      conv_grads[2 * shape.kernel * shape.kernel] = sum_of_pixels(shape, scratch.dl);
     }
   }
   if (!args.mlp_grads && args.grad_input == nullptr) return;
 
   settle_pools<Sweeps>(shape, x, s.pools);
-  mlp_hidden(shape, weights, s.pools.average, s.pools.maximum, s.hidden);
-  const A* dca = s.gate_grads.dca;
+  mlp_hidden(shape, weights, s.pools.average, s.pools.maximum, scratch.hidden);
+  const A* dca = scratch.gate_grads.dca;
   if (args.grad_logits == nullptr) {
-    add_all_tiles(shape, s.gate_grads.tile_sums, s.gate_grads.dca);
+    add_all_tiles(shape, scratch.gate_grads.tile_sums, scratch.gate_grads.dca);
   } else {
     dca = static_cast<const A*>(args.grad_channel_gate) + n * shape.c;
   }
-  add_all_tiles(shape, s.tile_dots, s.dots);
-  add_all_tiles(shape, s.tile_shares, s.shares);
+  add_bands(shape, s);
   for (int64_t c = 0; c < shape.c; ++c) {
     // The shares have u where the others have x: a factor of ca already.
     mlp.dz[c] = (1 - ca[c]) * (ca[c] * (dca[c] + s.dots[c]) + s.shares[c]);
   }
   std::copy_n(s.pools.average, shape.padded_c, mlp.average);
   std::copy_n(s.pools.maximum, shape.padded_c, mlp.maximum);
-  mlp_backward(shape, weights, s.hidden, mlp, s.daverage, s.dmaximum);
+  mlp_backward(shape, weights, scratch.hidden, mlp, scratch.daverage, scratch.dmaximum);
   if (args.grad_input == nullptr) return;
 
-  for (int64_t c = 0; c < shape.c; ++c) s.daverage[c] /= static_cast<A>(shape.pixels);
-  find_channel_argmax<S, Sweeps>(shape, x, s);
+  for (int64_t c = 0; c < shape.c; ++c) scratch.daverage[c] /= static_cast<A>(shape.pixels);
   S* dx = static_cast<S*>(args.grad_input) + n * shape.c * shape.pixels;
-  const InputGradMaps<A> maps{s.ds[0], s.ds[1], s.argmax, s.daverage};
-  each_tile_backwards(shape, parallel, [&](int64_t t) {
-    const Tile tile(shape, t);
-    Sweeps::input_grad(shape, tile, g, ca, sa, maps, dx);
-    for (int64_t c = 0; c < shape.c; ++c) {
-      const int64_t p = s.channel_argmax[c];
-      if (p < tile.begin || p >= tile.end) continue;
-      add_maximum_grad<S, Sweeps>(shape, c, p, g, ca, sa, maps, s.dmaximum[c], dx);
-    }
-  });
+  sample_input_grad<S, Sweeps>(shape, parallel, x, g, sa, s, scratch.daverage, scratch.dmaximum,
+                               dx);
 }
 
 // Sums over the batch what the samples contributed to the MLP's weights.

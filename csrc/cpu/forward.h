@@ -75,6 +75,16 @@ inline void settle_pools(const Shape& shape, const S* x, const Pools<A>& pools) 
   std::fill(pools.maximum + shape.c, pools.maximum + shape.padded_c, A{0});
 }
 
+// The pooled maps of one sample.
+template <class Sweeps, class S, class A>
+inline void pool_sample(const Shape& shape, bool parallel, const S* x, const Pools<A>& pools) {
+  each_tile_backwards(shape, parallel, [&](int64_t t) {
+    const int64_t at = t * shape.padded_c;
+    Sweeps::pool(shape, Tile(shape, t), x, pools.tile_sums + at, pools.tile_maxima + at);
+  });
+  settle_pools<Sweeps>(shape, x, pools);
+}
+
 // Turns sums over the channels into means; where a pixel has a NaN, it wins the maximum, and its
 // channel the argmax (where one is asked for).
 template <class Sweeps, class S, class A>
@@ -99,6 +109,15 @@ inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
       }
     }
   }
+}
+
+// Calls keep(means, maxima) with the statistics of the pixels of one tile.
+template <class Sweeps, class S, class A, class Keep>
+inline void tile_stats(const Shape& shape, Tile tile, const S* x, const A* ca, Keep&& keep) {
+  A sums[Shape::kMaxTile], maxima[Shape::kMaxTile];
+  Sweeps::channel_stats(shape, tile, x, ca, sums, maxima);
+  settle_stats<Sweeps>(shape, tile, x, ca, sums, maxima, static_cast<Int<A>*>(nullptr));
+  keep(sums, maxima);
 }
 
 template <class A>
@@ -131,11 +150,7 @@ void forward(const ForwardArgs& args) {
     const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
     S* y = static_cast<S*>(args.output) + (args.output == nullptr ? 0 : n * shape.c * shape.pixels);
 
-    each_tile_backwards(shape, parallel, [&](int64_t t) {
-      const int64_t at = t * shape.padded_c;
-      Sweeps::pool(shape, Tile(shape, t), x, s.pools.tile_sums + at, s.pools.tile_maxima + at);
-    });
-    settle_pools<Sweeps>(shape, x, s.pools);
+    pool_sample<Sweeps>(shape, parallel, x, s.pools);
     mlp_hidden(shape, weights[0], s.pools.average, s.pools.maximum, s.hidden);
     mlp_gate(shape, weights[0], s.hidden, s.ca);
     if (args.channel_gate != nullptr) {
@@ -151,11 +166,10 @@ void forward(const ForwardArgs& args) {
         shape, parallel,
         [&](int64_t t) {
           const Tile tile(shape, t);
-          A sums[Shape::kMaxTile], maxima[Shape::kMaxTile];
-          Sweeps::channel_stats(shape, tile, x, s.ca, sums, maxima);
-          settle_stats<Sweeps>(shape, tile, x, s.ca, sums, maxima, static_cast<Int<A>*>(nullptr));
-          s.stats[0].fill(shape, tile, sums);
-          s.stats[1].fill(shape, tile, maxima);
+          tile_stats<Sweeps>(shape, tile, x, s.ca, [&](const A* means, const A* maxima) {
+            s.stats[0].fill(shape, tile, means);
+            s.stats[1].fill(shape, tile, maxima);
+          });
         },
         [&](int64_t t) {
           const Band band(shape, t);

@@ -62,6 +62,7 @@ struct InputGradMaps {
 #include "gate.h"
 #include "forward.h"
 #include "backward.h"
+#include "pieces.h"
 
 // Calls f(storage type, sweeps) for the problem's dtype and layout.
 template <class F>
@@ -106,6 +107,26 @@ extern constexpr KernelTable kTable = {
     [](const BackwardArgs& args) {
       with_kernels(args.problem, [&](auto storage, auto sweeps) {
         backward<decltype(storage), decltype(sweeps)>(args);
+      });
+    },
+    [](const PoolArgs& args) {
+      with_kernels(args.problem, [&](auto storage, auto sweeps) {
+        pool<decltype(storage), decltype(sweeps)>(args);
+      });
+    },
+    [](const ChannelStatsArgs& args) {
+      with_kernels(args.problem, [&](auto storage, auto sweeps) {
+        channel_stats<decltype(storage), decltype(sweeps)>(args);
+      });
+    },
+    [](const ChannelStatsBackwardArgs& args) {
+      with_kernels(args.problem, [&](auto storage, auto sweeps) {
+        channel_stats_backward<decltype(storage), decltype(sweeps)>(args);
+      });
+    },
+    [](const PoolBackwardArgs& args) {
+      with_kernels(args.problem, [&](auto storage, auto sweeps) {
+        pool_backward<decltype(storage), decltype(sweeps)>(args);
       });
     },
 };

@@ -11,6 +11,10 @@ struct KernelTable {
   void (*apply)(const ApplyArgs&);
   void (*apply_backward)(const ApplyBackwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*pool)(const PoolArgs&);
+  void (*channel_stats)(const ChannelStatsArgs&);
+  void (*channel_stats_backward)(const ChannelStatsBackwardArgs&);
+  void (*pool_backward)(const PoolBackwardArgs&);
 };
 
 // The best table that this machine runs, or the one that the environment variable CBAM_CPU_ISA

@@ -6,6 +6,10 @@
 // Rows of kGroup channels are walked side by side: their sums are independent, so additions of one
 // do not wait for another, and the maps per pixel are loaded and stored once for all of them.
 //
+// The sweeps that several functions share are inlined into each: as functions of their own they
+// would load the pointers of their arguments again after every store of a vector, which may alias
+// them.
+//
 // Included once per instruction set by isa.inl.
 
 template <class S>
@@ -24,7 +28,8 @@ struct Nchw {
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return c * shape.pixels + p; }
 
   // sum_p x and max_p x per channel (the maximum ignores NaN; see settle_pools).
-  static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
+  [[gnu::always_inline]] static void pool(const Shape& shape, Tile tile, const S* x, A* sums,
+                                          A* maxima) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, c, tile.begin);
@@ -49,8 +54,8 @@ struct Nchw {
   }
 
   // sum_c u and max_c u per pixel, u = ca x (the maximum ignores NaN; see settle_stats).
-  static void channel_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums,
-                            A* maxima) {
+  [[gnu::always_inline]] static void channel_stats(const Shape& shape, Tile tile, const S* x,
+                                                   const A* ca, A* sums, A* maxima) {
     std::fill_n(sums, tile.size(), A{0});
     std::fill_n(maxima, tile.size(), -kInfinity<A>);
     each_group(shape.c, [&](auto group, int64_t c) {
@@ -106,8 +111,9 @@ struct Nchw {
 
   // Backward's sweep over x alone: channel_stats with the channel of the maximum, pool with the
   // pixel of the maximum, and sum_p x ds0 per channel.
-  static void backward_stats(const Shape& shape, Tile tile, const S* x, const A* ca, const A* ds0,
-                             PixelStats<A> pixel, ChannelStats<A> channel) {
+  [[gnu::always_inline]] static void backward_stats(const Shape& shape, Tile tile, const S* x,
+                                                    const A* ca, const A* ds0, PixelStats<A> pixel,
+                                                    ChannelStats<A> channel) {
     std::fill_n(pixel.sums, tile.size(), A{0});
     std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);
     std::fill_n(pixel.argmax, tile.size(), Int<A>{0});
@@ -163,8 +169,9 @@ struct Nchw {
 
   // dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + davg, ds0 and davg already divided by the
   // counts of their means. The gradient of the maximum over pixels is added by the caller.
-  static void input_grad(const Shape& shape, Tile tile, const S* g, const A* ca, const A* sa,
-                         const InputGradMaps<A>& maps, S* dx) {
+  [[gnu::always_inline]] static void input_grad(const Shape& shape, Tile tile, const S* g,
+                                                const A* ca, const A* sa,
+                                                const InputGradMaps<A>& maps, S* dx) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const int64_t rows = offset(shape, c, tile.begin);

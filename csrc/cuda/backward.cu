@@ -16,7 +16,14 @@
 // launch 2 has a block for each tile (map_grads.cuh). Grids: plan.cpp.
 //
 // Where a norm stands between the phases of forward, the gradient of the second phase is an
-// operator of its own (ApplyBackwardArgs, at the end), and launch 1 then reads x alone.
+// operator of its own (apply_backward.cu), and launch 1 then reads x alone.
+//
+// Where PyTorch runs the layers, two operators do what is around them. Both begin like launch 1
+// that reads x alone, with a small launch behind it that makes of given gradients what launch 2
+// makes of its own (channel_stats.cuh), and launch 3 without the MLP:
+//
+//   ChannelStatsBackwardArgs   reads x twice               ends there, with the gradient of ca
+//   PoolBackwardArgs           reads x twice, g; writes dx goes on with launch 4
 
 #include <algorithm>
 #include <numeric>
@@ -33,20 +40,14 @@ namespace {
 
 // ----------------------------------------------------------------------------------- memory
 
+// What the sweeps over x leave.
 template <class A>
-struct BackwardMemory {
-  BackwardMemory(Arena& arena, const Problem& p, const Plan& plan)
+struct SweepMemory {
+  SweepMemory(Arena& arena, const Problem& p, const Plan& plan)
       : counters(arena.take<unsigned>(p.n)),
-        pooled(arena.take<A>(p.n * 2 * p.c)),
-        hidden_units(arena.take<A>(p.n * 2 * p.hidden)),
-        dz(arena.take<A>(p.n * p.c)),
-        dunits(arena.take<A>(p.n * 2 * p.hidden)),
-        conv_grads(arena.take<A>(p.n * plan.tiling.tiles * (2 * p.kernel * p.kernel + 1))),
-        gate_grads(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         sums(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         maxima(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         argmaxima(arena.take<int>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
-        gate_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         pixel_grads(arena.take<PixelGrad<A>>(plan.chunk * p.pixels())),
         pool_sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         pool_maxima(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
@@ -54,16 +55,9 @@ struct BackwardMemory {
         pool_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         channel_grads(arena.take<ChannelGrad<A>>(plan.chunk * p.c)) {}
   unsigned* counters;  // [N]
-  A* pooled;           // [N, 2, C]
-  A* hidden_units;     // [N, 2, R]
-  A* dz;               // [N, C]
-  A* dunits;           // [N, 2, R]
-  A* conv_grads;       // [N, tiles, 2 k k + 1]
-  A* gate_grads;       // [chunk, channel spans, P], as the next three
-  A* sums;
+  A* sums;             // [chunk, channel spans, P], as the next two
   A* maxima;
   int* argmaxima;
-  A* gate_dots;               // [chunk, pixel spans, C]
   PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* pool_sums;               // [chunk, pixel spans, C], as the next three
   A* pool_maxima;
@@ -72,133 +66,179 @@ struct BackwardMemory {
   ChannelGrad<A>* channel_grads;  // [chunk, C]
 };
 
+template <class A>
+struct BackwardMemory {
+  BackwardMemory(Arena& arena, const Problem& p, const Plan& plan)
+      : sweeps(arena, p, plan),
+        pooled(arena.take<A>(p.n * 2 * p.c)),
+        hidden_units(arena.take<A>(p.n * 2 * p.hidden)),
+        dz(arena.take<A>(p.n * p.c)),
+        dunits(arena.take<A>(p.n * 2 * p.hidden)),
+        conv_grads(arena.take<A>(p.n * plan.tiling.tiles * (2 * p.kernel * p.kernel + 1))),
+        gate_grads(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
+        gate_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)) {}
+  SweepMemory<A> sweeps;
+  A* pooled;        // [N, 2, C]
+  A* hidden_units;  // [N, 2, R]
+  A* dz;            // [N, C]
+  A* dunits;        // [N, 2, R]
+  A* conv_grads;    // [N, tiles, 2 k k + 1]
+  A* gate_grads;    // [chunk, channel spans, P]
+  A* gate_dots;     // [chunk, pixel spans, C]
+};
+
 // --------------------------------------------------------------------------------- launches
 
-// One chunk of samples: `first` of the batch and `samples` of them.
+// One chunk of samples: `first` of the batch and `samples` of them. The sweeps, and what stands
+// between them where PyTorch runs the layers.
 template <class S, Layout layout, int W>
 class Chunk {
  public:
   using A = Acc<S>;
 
-  Chunk(const BackwardArgs& args, const Plan& plan, const BackwardMemory<A>& memory,
-        Launcher& launcher, int64_t first)
-      : args_(args),
-        problem_(args.problem),
+  Chunk(const Problem& problem, const Plan& plan, const SweepMemory<A>& memory, Launcher& launcher,
+        int64_t first, const void* input, const void* channel_gate)
+      : first(first),
+        samples(std::min(plan.chunk, problem.n - first)),
+        problem_(problem),
         sweep_(plan.sweep),
-        tiling_(plan.tiling),
         memory_(memory),
         launcher_(launcher),
-        first_(first),
-        samples_(std::min(plan.chunk, args.problem.n - first)),
-        x_(static_cast<const S*>(args.input) + first * elements()),
-        g_(static_cast<const S*>(args.grad_output) + first * elements()),
-        ca_(static_cast<const A*>(args.channel_gate) + first * args.problem.c),
-        sa_(static_cast<const A*>(args.spatial_gate) + first * args.problem.pixels()) {}
+        x_(part(input)),
+        ca_(part(static_cast<const A*>(channel_gate), problem.c)) {}
 
-  void run() const {
-    const bool sweeps_again = args_.mlp_grads || args_.grad_input != nullptr;
-    if (args_.grad_logits == nullptr) {
-      launch_gate_grads();
-    } else {
-      launch_stats();
-    }
-    launch_map_grads(sweeps_again);
-    if (sweeps_again) launch_pool();
-    if (args_.grad_input != nullptr) launch_input_grad();
+  // The chunk's part of an array with so many elements for each sample.
+  template <class T>
+  T* part(T* batch, int64_t elements) const {
+    return batch + first * elements;
+  }
+  // Of a feature map.
+  const S* part(const void* map) const {
+    return part(static_cast<const S*>(map), problem_.c * problem_.pixels());
   }
 
- private:
-  int64_t elements() const { return problem_.c * problem_.pixels(); }
+  void launch_gate_grads(const S* g, const A* sa, A* gate_grads, A* gate_dots) const {
+    launch(GateGrads<S, true>{shape(x_, g), ca_, sa, gate_grads, memory_.sums, memory_.maxima,
+                              memory_.argmaxima, gate_dots});
+  }
 
+  void launch_stats() const {
+    launch(ChannelStats<S, true>{shape(x_, nullptr), ca_, memory_.sums, memory_.maxima,
+                                 memory_.argmaxima});
+  }
+
+  // In the place of launch 2; sa may be null where no gradient of x is taken.
+  void launch_pixel_grads(const A* grad_stats, const A* sa) const {
+    PixelGrads<A> grads{};
+    grads.samples = samples;
+    grads.height = problem_.h;
+    grads.width = problem_.w;
+    grads.inverse_channels = A{1} / static_cast<A>(problem_.c);
+    grads.maxima = memory_.maxima;
+    grads.argmaxima = memory_.argmaxima;
+    grads.spans = sweep_.channel_spans;
+    grads.sa = sa;
+    grads.grad_stats = grad_stats;
+    grads.pixel_grads = memory_.pixel_grads;
+    launcher_.launch_each(pixel_grads_kernel<A>, samples * problem_.pixels(), grads);
+  }
+
+  // `mlp` with what it needs beside shapes and the memory of the sweeps.
+  void launch_pool(MlpBackward<S> mlp) const {
+    mlp.channels = problem_.c;
+    mlp.hidden = problem_.hidden;
+    mlp.inverse_pixels = A{1} / static_cast<A>(problem_.pixels());
+    mlp.spans = sweep_.pixel_spans;
+    mlp.span_pixels = sweep_.span_pixels;
+    mlp.channel_gate = ca_;
+    mlp.channel_grads = memory_.channel_grads;
+    launch(BackwardPool<S>{shape(x_, nullptr), memory_.pixel_grads, memory_.pool_sums,
+                           memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots,
+                           memory_.counters + first, mlp});
+  }
+
+  void launch_input_grad(const S* g, void* grad_input) const {
+    S* const dx = part(static_cast<S*>(grad_input), problem_.c * problem_.pixels());
+    launch(InputGrad<S>{shape(g, nullptr), dx, ca_, memory_.pixel_grads, memory_.channel_grads});
+  }
+
+  const int64_t first, samples;
+
+ private:
   template <class B>
-  void launch_sweep(const B& body) const {
-    launcher_.launch(sweep_kernel<B, layout, W>, samples_ * sweep_.blocks,
-                     sweep_shared_bytes<B, layout, W>(sweep_), body, sweep_);
+  void launch(const B& body) const {
+    launch_sweep<layout, W>(launcher_, sweep_, samples, body);
   }
 
   Body<S> shape(const S* x, const S* g) const {
     return {problem_.c, problem_.pixels(), sweep_.pixel_spans, sweep_.channel_spans, x, g};
   }
 
-  void launch_gate_grads() const {
-    launch_sweep(GateGrads<S, true>{shape(x_, g_), ca_, sa_, memory_.gate_grads, memory_.sums,
-                                    memory_.maxima, memory_.argmaxima, memory_.gate_dots});
-  }
-
-  void launch_stats() const {
-    launch_sweep(ChannelStats<S, true>{shape(x_, nullptr), ca_, memory_.sums, memory_.maxima,
-                                       memory_.argmaxima});
-  }
-
-  void launch_map_grads(bool writes_pixel_grads) const {
-    MapGrads<S> grads{};
-    grads.tiling = tiling_;
-    grads.inverse_channels = A{1} / static_cast<A>(problem_.c);
-    grads.height = problem_.h;
-    grads.width = problem_.w;
-    grads.kernel = static_cast<int>(problem_.kernel);
-    grads.conv_weight = args_.parameters.conv_weight;
-    grads.gate_grads = memory_.gate_grads;
-    if (args_.grad_logits != nullptr) {
-      grads.given_dlogits = static_cast<const A*>(args_.grad_logits) + first_ * problem_.pixels();
-    }
-    grads.sa = sa_;
-    grads.sums = memory_.sums;
-    grads.maxima = memory_.maxima;
-    grads.argmaxima = memory_.argmaxima;
-    grads.spans = sweep_.channel_spans;
-    if (writes_pixel_grads) grads.pixel_grads = memory_.pixel_grads;
-    if (args_.conv_grads) {
-      const int64_t size = 2 * problem_.kernel * problem_.kernel + 1;
-      grads.conv_grads = memory_.conv_grads + first_ * tiling_.tiles * size;
-    }
-    launcher_.launch(map_grads_kernel<S>, samples_ * tiling_.tiles,
-                     tiling_.staged ? staged_bytes(tiling_, problem_, 3, 0) : kPlaceBytes, grads);
-  }
-
-  void launch_pool() const {
-    BackwardPool<S> pool{shape(x_, nullptr)};
-    pool.pixel_grads = memory_.pixel_grads;
-    pool.sums = memory_.pool_sums;
-    pool.maxima = memory_.pool_maxima;
-    pool.argmaxima = memory_.pool_argmaxima;
-    pool.dots = memory_.pool_dots;
-    pool.counters = memory_.counters + first_;
-    const Parameters& parameters = args_.parameters;
-    const int64_t first_channel = first_ * problem_.c, first_unit = first_ * 2 * problem_.hidden;
-    const bool given = args_.grad_channel_gate != nullptr;
-    pool.mlp = {
-        {problem_.c, problem_.hidden, A{1} / static_cast<A>(problem_.pixels()), sweep_.pixel_spans,
-         parameters.fc1_weight, parameters.fc1_bias, parameters.fc2_weight, parameters.fc2_bias,
-         memory_.pooled + 2 * first_channel, memory_.hidden_units + first_unit},
-        ca_,
-        given ? static_cast<const A*>(args_.grad_channel_gate) + first_channel : memory_.gate_dots,
-        given ? 1 : sweep_.pixel_spans,
-        sweep_.span_pixels,
-        memory_.dz + first_channel,
-        memory_.dunits + first_unit,
-        memory_.channel_grads};
-    launch_sweep(pool);
-  }
-
-  void launch_input_grad() const {
-    launch_sweep(InputGrad<S>{shape(g_, nullptr),
-                              static_cast<S*>(args_.grad_input) + first_ * elements(), ca_,
-                              memory_.pixel_grads, memory_.channel_grads});
-  }
-
-  const BackwardArgs& args_;
   const Problem& problem_;
   const Sweep& sweep_;
-  const Tiling& tiling_;
-  const BackwardMemory<A>& memory_;
+  const SweepMemory<A>& memory_;
   Launcher& launcher_;
-  const int64_t first_, samples_;
   const S* const x_;
-  const S* const g_;
   const A* const ca_;
-  const A* const sa_;
 };
+
+// Launch 2.
+template <class S>
+void launch_map_grads(Launcher& launcher, const BackwardArgs& args, const Plan& plan,
+                      const BackwardMemory<Acc<S>>& memory, int64_t first, int64_t samples,
+                      bool writes_pixel_grads) {
+  using A = Acc<S>;
+  const Problem& p = args.problem;
+  const SweepMemory<A>& sweeps = memory.sweeps;
+  MapGrads<S> grads{};
+  grads.tiling = plan.tiling;
+  grads.inverse_channels = A{1} / static_cast<A>(p.c);
+  grads.height = p.h;
+  grads.width = p.w;
+  grads.kernel = static_cast<int>(p.kernel);
+  grads.conv_weight = args.parameters.conv_weight;
+  grads.gate_grads = memory.gate_grads;
+  if (args.grad_logits != nullptr) {
+    grads.given_dlogits = static_cast<const A*>(args.grad_logits) + first * p.pixels();
+  }
+  grads.sa = static_cast<const A*>(args.spatial_gate) + first * p.pixels();
+  grads.sums = sweeps.sums;
+  grads.maxima = sweeps.maxima;
+  grads.argmaxima = sweeps.argmaxima;
+  grads.spans = plan.sweep.channel_spans;
+  if (writes_pixel_grads) grads.pixel_grads = sweeps.pixel_grads;
+  if (args.conv_grads) {
+    const int64_t size = 2 * p.kernel * p.kernel + 1;
+    grads.conv_grads = memory.conv_grads + first * plan.tiling.tiles * size;
+  }
+  launcher.launch(map_grads_kernel<S>, samples * plan.tiling.tiles,
+                  plan.tiling.staged ? staged_bytes(plan.tiling, p, 3, 0) : kPlaceBytes, grads);
+}
+
+// Launch 3's MLP.
+template <class S>
+MlpBackward<S> mlp_backward(const BackwardArgs& args, const Plan& plan,
+                            const BackwardMemory<Acc<S>>& memory, int64_t first) {
+  const Problem& p = args.problem;
+  const int64_t first_channel = first * p.c, first_unit = first * 2 * p.hidden;
+  MlpBackward<S> mlp{};
+  mlp.fc1_weight = args.parameters.fc1_weight;
+  mlp.fc1_bias = args.parameters.fc1_bias;
+  mlp.fc2_weight = args.parameters.fc2_weight;
+  mlp.fc2_bias = args.parameters.fc2_bias;
+  mlp.pooled = memory.pooled + 2 * first_channel;
+  mlp.hidden_units = memory.hidden_units + first_unit;
+  if (args.grad_channel_gate != nullptr) {
+    mlp.gate_grads = static_cast<const Acc<S>*>(args.grad_channel_gate) + first_channel;
+    mlp.gate_spans = 1;
+  } else {
+    mlp.gate_grads = memory.gate_dots;
+    mlp.gate_spans = plan.sweep.pixel_spans;
+  }
+  mlp.dz = memory.dz + first_channel;
+  mlp.dunits = memory.dunits + first_unit;
+  return mlp;
+}
 
 template <class S>
 void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const Plan& plan,
@@ -233,150 +273,118 @@ void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const 
                   kThreads * static_cast<int64_t>(sizeof(Acc<S>)), grads);
 }
 
+// ------------------------------------------------------------------------------------- host
+
+void clear_counters(Launcher& launcher, const Problem& p, unsigned* counters) {
+  if (p.n > 0) launcher.clear(counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
+}
+
 template <class S, Layout layout, int W>
 void backward(const BackwardArgs& args, const Plan& plan, const Queue& queue) {
+  using A = Acc<S>;
   const Problem& p = args.problem;
   Arena arena(queue.workspace);
-  const BackwardMemory<Acc<S>> memory(arena, p, plan);
+  const BackwardMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  if (p.n > 0) launcher.clear(memory.counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
+  clear_counters(launcher, p, memory.sweeps.counters);
+  const bool sweeps_again = args.mlp_grads || args.grad_input != nullptr;
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    Chunk<S, layout, W>(args, plan, memory, launcher, first).run();
+    const Chunk<S, layout, W> chunk(p, plan, memory.sweeps, launcher, first, args.input,
+                                    args.channel_gate);
+    const S* const g = chunk.part(args.grad_output);
+    if (args.grad_logits == nullptr) {
+      const A* const sa = chunk.part(static_cast<const A*>(args.spatial_gate), p.pixels());
+      chunk.launch_gate_grads(g, sa, memory.gate_grads, memory.gate_dots);
+    } else {
+      chunk.launch_stats();
+    }
+    launch_map_grads<S>(launcher, args, plan, memory, first, chunk.samples, sweeps_again);
+    if (sweeps_again) chunk.launch_pool(mlp_backward<S>(args, plan, memory, first));
+    if (args.grad_input != nullptr) chunk.launch_input_grad(g, args.grad_input);
   }
   launch_parameter_grads<S>(launcher, args, plan, memory);
 }
 
-// ---------------------------------------------------------- gradient of the second phase alone
-
-// The partial results of GateGrads without statistics, added up.
-template <class S>
-struct PhaseGrads {
-  using A = Acc<S>;
-  int64_t samples, channels, pixels;
-  int64_t pixel_spans, channel_spans;
-  const A* gate_grads;   // [chunk, channel spans, P]
-  const A* dots;         // [chunk, pixel spans, C]
-  const A* logits;       // [chunk, P]
-  A* grad_channel_gate;  // [chunk, C]
-  A* grad_logits;        // [chunk, P]
-  A* sa;                 // [chunk, P]
-};
-
-template <class A>
-__device__ A add_partials(const A* partials, int64_t index, int64_t size, int64_t spans) {
-  const int64_t sample = index / size, element = index - sample * size;
-  A sum = 0;
-  for (int64_t i = 0; i < spans; ++i) sum += load(partials + (sample * spans + i) * size + element);
-  return sum;
-}
-
-template <class S>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
-    phase_grads_kernel(const __grid_constant__ PhaseGrads<S> args) {
-  using A = Acc<S>;
-  wait_for_previous_launches();
-  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = first; i < args.samples * args.pixels; i += step) {
-    const A gate = sigmoid(load(args.logits + i));
-    const A grad = add_partials(args.gate_grads, i, args.pixels, args.channel_spans);
-    store(args.sa + i, gate);
-    store(args.grad_logits + i, gate * (1 - gate) * grad);
-  }
-  for (int64_t i = first; i < args.samples * args.channels; i += step) {
-    store(args.grad_channel_gate + i, add_partials(args.dots, i, args.channels, args.pixel_spans));
-  }
-}
-
-template <class A>
-struct PhaseMemory {
-  PhaseMemory(Arena& arena, const Problem& p, const Plan& plan)
-      : gate_grads(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
-        dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)) {}
-  A* gate_grads;  // [chunk, channel spans, P]
-  A* dots;        // [chunk, pixel spans, C]
-};
-
 template <class S, Layout layout, int W>
-void apply_backward(const ApplyBackwardArgs& args, const Plan& plan, const Queue& queue) {
+void channel_stats_backward(const ChannelStatsBackwardArgs& args, const Plan& plan,
+                            const Queue& queue) {
   using A = Acc<S>;
   const Problem& p = args.problem;
-  const Sweep& sweep = plan.sweep;
   Arena arena(queue.workspace);
-  const PhaseMemory<A> memory(arena, p, plan);
+  const SweepMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
+  clear_counters(launcher, p, memory.counters);
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const int64_t samples = std::min(plan.chunk, p.n - first);
-    const int64_t element = first * p.c * p.pixels(), pixel = first * p.pixels();
-    const A* const logits = static_cast<const A*>(args.logits) + pixel;
-    const Body<S> shape{p.c,
-                        p.pixels(),
-                        sweep.pixel_spans,
-                        sweep.channel_spans,
-                        static_cast<const S*>(args.input) + element,
-                        static_cast<const S*>(args.grad_output) + element};
-    using Grads = GateGrads<S, false>;
-    const Grads grads{shape,   static_cast<const A*>(args.channel_gate) + first * p.c,
-                      logits,  memory.gate_grads,
-                      nullptr, nullptr,
-                      nullptr, memory.dots};
-    launcher.launch(sweep_kernel<Grads, layout, W>, samples * sweep.blocks,
-                    sweep_shared_bytes<Grads, layout, W>(sweep), grads, sweep);
+    const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
+                                    args.channel_gate);
+    chunk.launch_stats();
+    chunk.launch_pixel_grads(chunk.part(static_cast<const A*>(args.grad_stats), 2 * p.pixels()),
+                             nullptr);
+    MlpBackward<S> sums{};
+    sums.grad_channel_gate = chunk.part(static_cast<A*>(args.grad_channel_gate), p.c);
+    chunk.launch_pool(sums);
+  }
+}
 
-    const PhaseGrads<S> sums{samples,
-                             p.c,
-                             p.pixels(),
-                             sweep.pixel_spans,
-                             sweep.channel_spans,
-                             memory.gate_grads,
-                             memory.dots,
-                             logits,
-                             static_cast<A*>(args.grad_channel_gate) + first * p.c,
-                             static_cast<A*>(args.grad_logits) + pixel,
-                             static_cast<A*>(args.spatial_gate) + pixel};
-    constexpr int64_t kMaxBlocks = 4096;  // a thread takes several elements beyond that
-    const int64_t wanted = divide_up(samples * std::max(p.c, p.pixels()), kThreads);
-    launcher.launch(phase_grads_kernel<S>, std::min(wanted, kMaxBlocks), 0, sums);
+template <class S, Layout layout, int W>
+void pool_backward(const PoolBackwardArgs& args, const Plan& plan, const Queue& queue) {
+  using A = Acc<S>;
+  const Problem& p = args.problem;
+  Arena arena(queue.workspace);
+  const SweepMemory<A> memory(arena, p, plan);
+  Launcher launcher(queue);
+  clear_counters(launcher, p, memory.counters);
+  for (int64_t first = 0; first < p.n; first += plan.chunk) {
+    const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
+                                    args.channel_gate);
+    chunk.launch_stats();
+    chunk.launch_pixel_grads(chunk.part(static_cast<const A*>(args.grad_stats), 2 * p.pixels()),
+                             chunk.part(static_cast<const A*>(args.spatial_gate), p.pixels()));
+    MlpBackward<S> given{};
+    given.grad_pooled = chunk.part(static_cast<const A*>(args.grad_pooled), 2 * p.c);
+    chunk.launch_pool(given);
+    chunk.launch_input_grad(chunk.part(args.grad_output), args.grad_input);
   }
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const BackwardArgs& args, const Device& device) {
-  const Plan plan = make_plan(args.problem, Pass::kBackward, device);
-  return with_storage(args.problem.dtype, [&](auto storage) {
-    Arena arena(nullptr);
-    BackwardMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
-    return arena.used();
-  });
+  return bytes_of<BackwardMemory>(args.problem, make_plan(args.problem, Pass::kBackward, device));
 }
 
 void run(const BackwardArgs& args, const Queue& queue) {
   const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
-  with_storage(args.problem.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {
-      backward<S, decltype(layout)::value, decltype(width)::value>(args, plan, queue);
-    });
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan, queue);
   });
 }
 
-int64_t workspace_bytes(const ApplyBackwardArgs& args, const Device& device) {
-  const Plan plan = make_plan(args.problem, Pass::kBackward, device);
-  return with_storage(args.problem.dtype, [&](auto storage) {
-    Arena arena(nullptr);
-    PhaseMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
-    return arena.used();
+// Of the feature maps this reads x alone.
+
+int64_t workspace_bytes(const ChannelStatsBackwardArgs& args, const Device& device) {
+  return bytes_of<SweepMemory>(args.problem, make_plan(args.problem, Pass::kForward, device));
+}
+
+void run(const ChannelStatsBackwardArgs& args, const Queue& queue) {
+  if (args.problem.n == 0) return;
+  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    channel_stats_backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(
+        args, plan, queue);
   });
 }
 
-void run(const ApplyBackwardArgs& args, const Queue& queue) {
+int64_t workspace_bytes(const PoolBackwardArgs& args, const Device& device) {
+  return bytes_of<SweepMemory>(args.problem, make_plan(args.problem, Pass::kBackward, device));
+}
+
+void run(const PoolBackwardArgs& args, const Queue& queue) {
+  if (args.problem.n == 0) return;
   const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
-  with_storage(args.problem.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {
-      apply_backward<S, decltype(layout)::value, decltype(width)::value>(args, plan, queue);
-    });
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    pool_backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan,
+                                                                                      queue);
   });
 }
 

@@ -126,20 +126,6 @@ __device__ Acc<S> correlate_from_memory(const ParameterView& weights, int map, i
   return sum;
 }
 
-// Mean (map 0) and maximum (map 1) of u over all channels at a pixel, from the spans' results.
-template <class A, class Args>
-__device__ A channel_stat(const Args& args, int64_t sample, int map, int64_t pixel) {
-  const int64_t pixels = args.height * args.width;
-  const A* const partials = (map == 0 ? args.sums : args.maxima) + sample * args.spans * pixels;
-  A total = load(partials + pixel);
-#pragma unroll 1
-  for (int64_t i = 1; i < args.spans; ++i) {
-    const A next = load(partials + i * pixels + pixel);
-    total = map == 0 ? total + next : maximum(total, next);
-  }
-  return map == 0 ? total * args.inverse_channels : total;
-}
-
 // Calls f(row, column) for the pixels of a tile.
 template <class F>
 __device__ void each_pixel(const Tile& tile, int first, int step, F&& f) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "storage.cuh"
+#include "workspace.h"
 
 namespace cbam::cuda {
 
@@ -40,6 +41,25 @@ void with_access(Layout layout, int vector, F&& f) {
   } else {
     with_width(LayoutTag<Layout::kNHWC>{});
   }
+}
+
+// Calls f(value of the storage type, layout, elements of an access) for the sweeps of a problem.
+template <class F>
+void with_sweep(const Problem& problem, const Plan& plan, F&& f) {
+  with_storage(problem.dtype, [&](auto storage) {
+    with_access<decltype(storage)>(problem.layout, plan.vector,
+                                   [&](auto layout, auto width) { f(storage, layout, width); });
+  });
+}
+
+// Bytes that Memory<accumulator> takes from an arena.
+template <template <class> class Memory>
+int64_t bytes_of(const Problem& problem, const Plan& plan) {
+  return with_storage(problem.dtype, [&](auto storage) {
+    Arena arena(nullptr);
+    Memory<Acc<decltype(storage)>>(arena, problem, plan);
+    return arena.used();
+  });
 }
 
 }  // namespace cbam::cuda

@@ -9,9 +9,14 @@
 // A chunk stays in the L2 cache, so that only the first read and the write reach memory. The first
 // two launches are sweeps (sweep.cuh, sums.cuh) with a block for each span of rows and columns; the
 // third has a block for each tile and span of channels. Grids: plan.cpp.
+//
+// Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launch 1 without
+// the MLP. ChannelStatsArgs: launch 2, and a small one that adds up the spans of channels
+// (channel_stats.cuh). ApplyArgs: launch 3 without the convolution.
 
 #include <algorithm>
 
+#include "channel_stats.cuh"
 #include "dispatch.cuh"
 #include "gate.cuh"
 #include "launch.cuh"
@@ -20,6 +25,90 @@
 
 namespace cbam::cuda {
 namespace {
+
+// ----------------------------------------------------------------------------------- memory
+
+template <class A>
+struct PoolMemory {
+  PoolMemory(Arena& arena, const Problem& p, const Plan& plan)
+      : counters(arena.take<unsigned>(p.n)),
+        sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
+        maxima(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)) {}
+  unsigned* counters;  // [N]
+  A* sums;             // [chunk, pixel spans, C]
+  A* maxima;           // [chunk, pixel spans, C]
+};
+
+template <class A>
+struct StatsMemory {
+  StatsMemory(Arena& arena, const Problem& p, const Plan& plan)
+      : sums(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
+        maxima(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())) {}
+  A* sums;    // [chunk, channel spans, P]
+  A* maxima;  // [chunk, channel spans, P]
+};
+
+template <class A>
+struct ForwardMemory {
+  ForwardMemory(Arena& arena, const Problem& p, const Plan& plan)
+      : pool(arena, p, plan),
+        stats(arena, p, plan),
+        ca(arena.take<A>(plan.chunk * p.c)),
+        pooled(arena.take<A>(plan.chunk * 2 * p.c)),
+        hidden_units(arena.take<A>(plan.chunk * 2 * p.hidden)) {}
+  PoolMemory<A> pool;
+  StatsMemory<A> stats;
+  A* ca;            // [chunk, C] where the caller does not want it
+  A* pooled;        // [chunk, 2, C]
+  A* hidden_units;  // [chunk, 2, R]
+};
+
+// ---------------------------------------------------------------- launches 1 and 2: the sweeps
+
+// One chunk of samples: `first` of the batch and `samples` of them.
+template <class S, Layout layout, int W>
+class Chunk {
+ public:
+  using A = Acc<S>;
+
+  Chunk(const Problem& problem, const Plan& plan, Launcher& launcher, const void* input,
+        int64_t first)
+      : first(first),
+        samples(std::min(plan.chunk, problem.n - first)),
+        x(static_cast<const S*>(input) + first * problem.c * problem.pixels()),
+        problem_(problem),
+        sweep_(plan.sweep),
+        launcher_(launcher) {}
+
+  // `mlp` with what it needs beside shapes.
+  void launch_pool(const PoolMemory<A>& memory, MlpForward<S> mlp) const {
+    mlp.channels = problem_.c;
+    mlp.hidden = problem_.hidden;
+    mlp.inverse_pixels = A{1} / static_cast<A>(problem_.pixels());
+    mlp.spans = sweep_.pixel_spans;
+    launch_sweep<layout, W>(
+        launcher_, sweep_, samples,
+        Pool<S>{shape(), memory.sums, memory.maxima, memory.counters + first, mlp});
+  }
+
+  void launch_stats(const StatsMemory<A>& memory, const A* ca) const {
+    launch_sweep<layout, W>(
+        launcher_, sweep_, samples,
+        ChannelStats<S, false>{shape(), ca, memory.sums, memory.maxima, nullptr});
+  }
+
+  const int64_t first, samples;
+  const S* const x;
+
+ private:
+  Body<S> shape() const {
+    return {problem_.c, problem_.pixels(), sweep_.pixel_spans, sweep_.channel_spans, x, nullptr};
+  }
+
+  const Problem& problem_;
+  const Sweep& sweep_;
+  Launcher& launcher_;
+};
 
 // ------------------------------------------------------------------------- launch 3: the gate
 
@@ -46,29 +135,6 @@ void launch_gate(Launcher& launcher, const Plan& plan, const Problem& problem, i
   });
 }
 
-// ----------------------------------------------------------------------------------- memory
-
-template <class A>
-struct ForwardMemory {
-  ForwardMemory(Arena& arena, const Problem& p, const Plan& plan)
-      : counters(arena.take<unsigned>(p.n)),
-        ca(arena.take<A>(plan.chunk * p.c)),
-        pool_sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
-        pool_maxima(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
-        pooled(arena.take<A>(plan.chunk * 2 * p.c)),
-        hidden_units(arena.take<A>(plan.chunk * 2 * p.hidden)),
-        sums(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
-        maxima(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())) {}
-  unsigned* counters;  // [N]
-  A* ca;               // [chunk, C] where the caller does not want it
-  A* pool_sums;        // [chunk, pixel spans, C]
-  A* pool_maxima;      // [chunk, pixel spans, C]
-  A* pooled;           // [chunk, 2, C]
-  A* hidden_units;     // [chunk, 2, R]
-  A* sums;             // [chunk, channel spans, P]
-  A* maxima;           // [chunk, channel spans, P]
-};
-
 // ------------------------------------------------------------------------------------- host
 
 template <class T>
@@ -76,73 +142,127 @@ T* advance(T* pointer, int64_t count) {
   return pointer == nullptr ? nullptr : pointer + count;
 }
 
+void clear_counters(Launcher& launcher, const Problem& p, unsigned* counters) {
+  launcher.clear(counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
+}
+
 template <class S, Layout layout, int W>
 void forward(const ForwardArgs& args, const Plan& plan, const Queue& queue) {
   using A = Acc<S>;
   const Problem& p = args.problem;
-  const Sweep& sweep = plan.sweep;
+  const Parameters& parameters = args.parameters;
   Arena arena(queue.workspace);
   const ForwardMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  launcher.clear(memory.counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
+  clear_counters(launcher, p, memory.pool.counters);
 
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const int64_t samples = std::min(plan.chunk, p.n - first);
-    const S* const x = static_cast<const S*>(args.input) + first * p.c * p.pixels();
+    const Chunk<S, layout, W> chunk(p, plan, launcher, args.input, first);
     A* const wanted_ca = static_cast<A*>(args.channel_gate);
     A* const ca = wanted_ca == nullptr ? memory.ca : wanted_ca + first * p.c;
-    const Body<S> shape{p.c, p.pixels(), sweep.pixel_spans, sweep.channel_spans, x, nullptr};
 
-    Pool<S> pool{shape};
-    pool.sums = memory.pool_sums;
-    pool.maxima = memory.pool_maxima;
-    pool.counters = memory.counters + first;
-    pool.mlp = {{p.c, p.hidden, A{1} / static_cast<A>(p.pixels()), sweep.pixel_spans,
-                 args.parameters.fc1_weight, args.parameters.fc1_bias, args.parameters.fc2_weight,
-                 args.parameters.fc2_bias, memory.pooled, memory.hidden_units},
-                ca};
-    launcher.launch(sweep_kernel<Pool<S>, layout, W>, samples * sweep.blocks,
-                    sweep_shared_bytes<Pool<S>, layout, W>(sweep), pool, sweep);
+    MlpForward<S> mlp{};
+    mlp.fc1_weight = parameters.fc1_weight;
+    mlp.fc1_bias = parameters.fc1_bias;
+    mlp.fc2_weight = parameters.fc2_weight;
+    mlp.fc2_bias = parameters.fc2_bias;
+    mlp.pooled = memory.pooled;
+    mlp.hidden_units = memory.hidden_units;
+    mlp.channel_gate = ca;
+    chunk.launch_pool(memory.pool, mlp);
 
-    using Stats = ChannelStats<S, false>;
-    const Stats stats{shape, ca, memory.sums, memory.maxima, nullptr};
-    launcher.launch(sweep_kernel<Stats, layout, W>, samples * sweep.blocks,
-                    sweep_shared_bytes<Stats, layout, W>(sweep), stats, sweep);
+    chunk.launch_stats(memory.stats, ca);
 
     GateArgs<S> gate{};
-    gate.conv_weight = args.parameters.conv_weight;
-    gate.conv_bias = args.parameters.conv_bias;
-    gate.sums = memory.sums;
-    gate.maxima = memory.maxima;
-    gate.spans = sweep.channel_spans;
+    gate.conv_weight = parameters.conv_weight;
+    gate.conv_bias = parameters.conv_bias;
+    gate.sums = memory.stats.sums;
+    gate.maxima = memory.stats.maxima;
+    gate.spans = plan.sweep.channel_spans;
     gate.ca = ca;
-    gate.x = x;
+    gate.x = chunk.x;
     gate.y = advance(static_cast<S*>(args.output), first * p.c * p.pixels());
     gate.sa = advance(static_cast<A*>(args.spatial_gate), first * p.pixels());
     gate.logits = advance(static_cast<A*>(args.logits), first * p.pixels());
-    launch_gate(launcher, plan, p, samples, gate);
+    launch_gate(launcher, plan, p, chunk.samples, gate);
+  }
+}
+
+template <class S, Layout layout, int W>
+void pool(const PoolArgs& args, const Plan& plan, const Queue& queue) {
+  using A = Acc<S>;
+  const Problem& p = args.problem;
+  Arena arena(queue.workspace);
+  const PoolMemory<A> memory(arena, p, plan);
+  Launcher launcher(queue);
+  clear_counters(launcher, p, memory.counters);
+  for (int64_t first = 0; first < p.n; first += plan.chunk) {
+    MlpForward<S> pooled_maps{};
+    pooled_maps.pooled = static_cast<A*>(args.pooled) + first * 2 * p.c;
+    Chunk<S, layout, W>(p, plan, launcher, args.input, first).launch_pool(memory, pooled_maps);
+  }
+}
+
+template <class S, Layout layout, int W>
+void channel_stats(const ChannelStatsArgs& args, const Plan& plan, const Queue& queue) {
+  using A = Acc<S>;
+  const Problem& p = args.problem;
+  Arena arena(queue.workspace);
+  const StatsMemory<A> memory(arena, p, plan);
+  Launcher launcher(queue);
+  for (int64_t first = 0; first < p.n; first += plan.chunk) {
+    const Chunk<S, layout, W> chunk(p, plan, launcher, args.input, first);
+    chunk.launch_stats(memory, static_cast<const A*>(args.channel_gate) + first * p.c);
+
+    JoinedStats<A> stats{};
+    stats.samples = chunk.samples;
+    stats.height = p.h;
+    stats.width = p.w;
+    stats.inverse_channels = A{1} / static_cast<A>(p.c);
+    stats.sums = memory.sums;
+    stats.maxima = memory.maxima;
+    stats.spans = plan.sweep.channel_spans;
+    stats.stats = static_cast<A*>(args.stats) + first * 2 * p.pixels();
+    launcher.launch_each(joined_stats_kernel<A>, chunk.samples * p.pixels(), stats);
   }
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const ForwardArgs& args, const Device& device) {
-  const Plan plan = make_plan(args.problem, Pass::kForward, device);
-  return with_storage(args.problem.dtype, [&](auto storage) {
-    Arena arena(nullptr);
-    ForwardMemory<Acc<decltype(storage)>>(arena, args.problem, plan);
-    return arena.used();
-  });
+  return bytes_of<ForwardMemory>(args.problem, make_plan(args.problem, Pass::kForward, device));
 }
 
 void run(const ForwardArgs& args, const Queue& queue) {
   if (args.problem.n == 0) return;
   const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
-  with_storage(args.problem.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    with_access<S>(args.problem.layout, plan.vector, [&](auto layout, auto width) {
-      forward<S, decltype(layout)::value, decltype(width)::value>(args, plan, queue);
-    });
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    forward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan, queue);
+  });
+}
+
+int64_t workspace_bytes(const PoolArgs& args, const Device& device) {
+  return bytes_of<PoolMemory>(args.problem, make_plan(args.problem, Pass::kForward, device));
+}
+
+void run(const PoolArgs& args, const Queue& queue) {
+  if (args.problem.n == 0) return;
+  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    pool<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan, queue);
+  });
+}
+
+int64_t workspace_bytes(const ChannelStatsArgs& args, const Device& device) {
+  return bytes_of<StatsMemory>(args.problem, make_plan(args.problem, Pass::kForward, device));
+}
+
+void run(const ChannelStatsArgs& args, const Queue& queue) {
+  if (args.problem.n == 0) return;
+  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
+  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
+    channel_stats<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan,
+                                                                                      queue);
   });
 }
 

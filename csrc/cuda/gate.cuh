@@ -8,6 +8,7 @@
 // may come from outside instead (ApplyArgs).
 #pragma once
 
+#include "channel_stats.cuh"
 #include "convolution.cuh"
 
 namespace cbam::cuda {

@@ -22,10 +22,18 @@ int64_t workspace_bytes(const ForwardArgs& args, const Device& device);
 int64_t workspace_bytes(const ApplyArgs& args, const Device& device);
 int64_t workspace_bytes(const ApplyBackwardArgs& args, const Device& device);
 int64_t workspace_bytes(const BackwardArgs& args, const Device& device);
+int64_t workspace_bytes(const PoolArgs& args, const Device& device);
+int64_t workspace_bytes(const ChannelStatsArgs& args, const Device& device);
+int64_t workspace_bytes(const ChannelStatsBackwardArgs& args, const Device& device);
+int64_t workspace_bytes(const PoolBackwardArgs& args, const Device& device);
 
 void run(const ForwardArgs& args, const Queue& queue);
 void run(const ApplyArgs& args, const Queue& queue);
 void run(const ApplyBackwardArgs& args, const Queue& queue);
 void run(const BackwardArgs& args, const Queue& queue);
+void run(const PoolArgs& args, const Queue& queue);
+void run(const ChannelStatsArgs& args, const Queue& queue);
+void run(const ChannelStatsBackwardArgs& args, const Queue& queue);
+void run(const PoolBackwardArgs& args, const Queue& queue);
 
 }  // namespace cbam::cuda

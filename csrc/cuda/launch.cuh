@@ -54,6 +54,16 @@ class Launcher {
     after_kernel_ = true;
   }
 
+  // A kernel that shares its elements out by each_in_grid: a thread takes several where they are
+  // many.
+  template <class... Parameters, class... Arguments>
+  void launch_each(void (*kernel)(Parameters...), int64_t elements, Arguments&&... arguments) {
+    constexpr int64_t kMaxBlocks = 4096;
+    const int64_t wanted = divide_up(elements, kThreads);
+    launch(kernel, wanted < kMaxBlocks ? wanted : kMaxBlocks, 0,
+           std::forward<Arguments>(arguments)...);
+  }
+
  private:
   const Queue& queue_;
   bool after_kernel_ = false;

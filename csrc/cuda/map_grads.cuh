@@ -7,8 +7,8 @@
 // tile's part of the weights' gradient. Here the partial results of spans of channels meet.
 #pragma once
 
+#include "channel_stats.cuh"
 #include "convolution.cuh"
-#include "grads.cuh"
 
 namespace cbam::cuda {
 
@@ -45,6 +45,8 @@ struct MapGrads {
     return conv_grads + (at.sample * tiling.tiles + at.index) * (2 * kernel * kernel + 1);
   }
 
+  __device__ A gate_at(int64_t index) const { return load(sa + index); }
+
   // The gradient of the gate's logits.
   __device__ A dlogit(int64_t sample, int64_t pixel) const {
     const int64_t pixels = height * width;
@@ -53,17 +55,8 @@ struct MapGrads {
     for (int64_t i = 0; i < spans; ++i) {
       grad += load(gate_grads + partials(sample) + i * pixels + pixel);
     }
-    const A gate = load(sa + sample * pixels + pixel);
+    const A gate = gate_at(sample * pixels + pixel);
     return gate * (1 - gate) * grad;
-  }
-
-  __device__ int channel_argmax(int64_t sample, int64_t pixel) const {
-    const int64_t pixels = height * width, at = partials(sample) + pixel;
-    Argmax<A> best = {load(maxima + at), load(argmaxima + at)};
-    for (int64_t i = 1; i < spans; ++i) {
-      best.combine({load(maxima + at + i * pixels), load(argmaxima + at + i * pixels)});
-    }
-    return best.index;
   }
 };
 
@@ -77,18 +70,6 @@ __device__ void sum_dlogits(const MapGrads<S>& args, int64_t sample, const Tile&
   });
   sum = warp_sum(sum);
   if (threadIdx.x == 0) store(to, sum);
-}
-
-// What backward's later launches need of one pixel; ds0 and ds1 are the gradients of its mean and
-// maximum over channels.
-template <class S, class A>
-__device__ void keep_pixel_grad(const MapGrads<S>& args, int64_t sample, int64_t pixel, A ds0,
-                                A ds1) {
-  const int64_t at = sample * args.height * args.width + pixel;
-  const A through_mean = ds0 * args.inverse_channels;
-  const PixelGrad<A> grad{load(args.sa + at), through_mean, through_mean + ds1,
-                          args.channel_argmax(sample, pixel)};
-  store_struct(args.pixel_grads + at, grad);
 }
 
 template <class S, class A>

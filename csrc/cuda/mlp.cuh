@@ -4,7 +4,7 @@
 // All of it is small against the feature map, but nothing else of the sample can go on meanwhile,
 // so what counts is latency: loads are batched before the first is used. Both passes keep what they
 // find in global memory (C and R have no limit), where the threads of the block, and backward's
-// last launch, read it again.
+// last launch, read it again. Where PyTorch runs the MLP, adding up is all that they do.
 #pragma once
 
 #include "grads.cuh"
@@ -138,7 +138,7 @@ struct Pooled {
 template <class S>
 struct MlpForward : Perceptron<S> {
   using A = Acc<S>;
-  A* channel_gate;  // [samples, C]
+  A* channel_gate;  // [samples, C]; where it is null, the pooled maps are all that is wanted
 
   // From the partial results [samples, spans, C] to the channel gate of a sample. `scratch` is
   // shared memory for kThreads Pooled.
@@ -155,6 +155,7 @@ struct MlpForward : Perceptron<S> {
           store(this->average(sample) + c, total.sum * this->inverse_pixels);
           store(this->maximum(sample) + c, total.highest);
         });
+    if (channel_gate == nullptr) return;
     __syncthreads();
     this->compute_units(sample);
     __syncthreads();
@@ -197,6 +198,10 @@ struct MlpBackward : Perceptron<S> {
   A* dz;                          // [samples, C] gradient of the gate's logits
   A* dunits;                      // [samples, 2, R] gradient of W1 pooled + b1
   ChannelGrad<A>* channel_grads;  // [samples, C]
+  // Where PyTorch runs the MLP, one of these is there and the parameters are not. Either it is told
+  // what reaches the gate, or it has told what reaches the pooled maps.
+  A* grad_channel_gate;  // [samples, C]
+  const A* grad_pooled;  // [samples, 2, C] average, maximum
 
   // From the partial results [samples, spans, C] to the gradients of a sample's pooled maps.
   // `scratch` is shared memory for kThreads PooledGrads.
@@ -217,12 +222,23 @@ struct MlpBackward : Perceptron<S> {
                   load_fresh(dots + at) + dgate};
         },
         [&](int64_t c, const PooledGrads<A>& total) {
+          if (grad_channel_gate != nullptr) {
+            store(grad_channel_gate + first + c, total.dot);
+            return;
+          }
+          store(&channel_grads[first + c].argmax, total.highest.index);
+          if (grad_pooled != nullptr) {
+            const A* const given = grad_pooled + 2 * first + c;
+            store(&channel_grads[first + c].daverage, load(given) * this->inverse_pixels);
+            store(&channel_grads[first + c].dmaximum, load(given + channels));
+            return;
+          }
           const A gate = load(channel_gate + first + c);
           store(this->average(sample) + c, total.sum * this->inverse_pixels);
           store(this->maximum(sample) + c, total.highest.value);
-          store(&channel_grads[first + c].argmax, total.highest.index);
           store(dz + first + c, gate * (1 - gate) * total.dot);
         });
+    if (grad_channel_gate != nullptr || grad_pooled != nullptr) return;
     __syncthreads();
     this->compute_units(sample);
     __syncthreads();

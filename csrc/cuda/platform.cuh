@@ -49,6 +49,13 @@ __device__ T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
+// The threads of the grid take the elements [0, count) in turn.
+template <class F>
+__device__ void each_in_grid(int64_t count, F&& f) {
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += step) f(i);
+}
+
 template <class T>
 __device__ T shuffle_xor(T value, int offset) {
   return __shfl_xor_sync(kFullWarp, value, offset);

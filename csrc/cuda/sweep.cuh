@@ -28,6 +28,7 @@
 //   finish(...)                what the last block of a sample does
 #pragma once
 
+#include "launch.cuh"
 #include "reduce.cuh"
 
 namespace cbam::cuda {
@@ -323,6 +324,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
       body.finish(here);
     }
   }
+}
+
+template <Layout layout, int W, class Body>
+void launch_sweep(Launcher& launcher, const Sweep& sweep, int64_t samples, const Body& body) {
+  launcher.launch(sweep_kernel<Body, layout, W>, samples * sweep.blocks,
+                  sweep_shared_bytes<Body, layout, W>(sweep), body, sweep);
 }
 
 }  // namespace cbam::cuda

@@ -69,7 +69,8 @@ def _toys() -> _Library:
 
 
 def _operators() -> _Library:
-    kernels = [CSRC / "cuda" / name for name in ("forward.cu", "backward.cu", "plan.cpp")]
+    names = ("forward.cu", "backward.cu", "apply_backward.cu", "plan.cpp")
+    kernels = [CSRC / "cuda" / name for name in names]
     sources = (*kernels, CSRC / "checks.cpp", HERE / "library.cpp", *_RUNTIME)
     return _Library("operators", sources, (HERE / "include", HERE / "runtime", CSRC), torch=True)
 

@@ -49,6 +49,19 @@ def run(problem: Problem, misaligned: bool, generator: torch.Generator) -> None:
         upstream = samples.draw_like(output, generator)
         gradients = torch.autograd.grad(output, present, upstream, retain_graph=True)
         assert all(gradient.isfinite().all() for gradient in gradients)
+    run_pieces(arguments)
+
+
+def run_pieces(arguments: Arguments) -> None:
+    """What is around layers that PyTorch runs; any maps of the right shape serve as gradients."""
+    ops = torch.ops.cbam_emulated
+    x = arguments.input
+    channel_gate, spatial_gate = ops.gates(*arguments)
+    pooled, stats = ops._pool(x), ops._channel_stats(x, channel_gate)
+    grad_gate = ops._channel_stats_backward(stats, x, channel_gate)
+    grad_input = ops._pool_backward(pooled, x, x, channel_gate, spatial_gate, stats)
+    for result in (pooled, stats, grad_gate, grad_input):
+        assert result.isfinite().all()
 
 
 def _one_element_further(x: torch.Tensor) -> torch.Tensor:
