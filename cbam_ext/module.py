@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional, ops, reference
-from ._checks import check_arguments
+from . import _pieces, functional, ops, reference
+from ._checks import check_arguments, check_input
+from ._gates import ChannelGate, SpatialGate, channel_gate, norm_of, spatial_logits
+from ._layers import (
+    Parameters,
+    are_plain,
+    are_watched,
+    buffer,
+    call,
+    has_hooks,
+    has_own_forward,
+    is_exactly,
+    parameter,
+    read_quickly,
+    slides_as_built,
+    submodule,
+    why_called,
+    with_own_buffers,
+)
 
 
 class CBAM(nn.Module):
@@ -68,10 +83,10 @@ class CBAM(nn.Module):
         self.hidden_channels = hidden_channels
         self.kernel_size = kernel_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.channel = nn.Module()
+        self.channel = ChannelGate()
         self.channel.fc1 = nn.Linear(in_channels, hidden_channels, bias=mlp_bias, **factory)
         self.channel.fc2 = nn.Linear(hidden_channels, in_channels, bias=mlp_bias, **factory)
-        self.spatial = nn.Module()
+        self.spatial = SpatialGate()
         self.spatial.conv = nn.Conv2d(
             2, 1, kernel_size, padding=kernel_size // 2, bias=conv_bias, **factory
         )
@@ -85,24 +100,63 @@ class CBAM(nn.Module):
             return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
-        norm = _submodule(_submodule(self, "spatial"), "norm")
+        if isinstance(input, torch.fx.Proxy):
+            return self._symbolic(input)
+        parameters = self._read_layers()
+        if isinstance(parameters, str):
+            return self._layer_by_layer(input)
+        norm = norm_of(submodule(self, "spatial"))
         if norm is None:
-            return functional.cbam(input, *self._parameters_of_op())
-        if _folds(norm):
-            return functional.cbam(input, *self._folded_parameters(norm))
-        if _trains_unseen(norm) and functional.use_kernels(input):
-            try:
-                output = ops.around_batch_norm(norm, input, *self._parameters_of_op())
-            except RuntimeError:
-                check_arguments(input, *self._parameters_of_op())
-                raise
-            if output is not None:
-                return output
-        channel_gate, logits, carriers = self._logits(input)
-        return _apply_gates(input, channel_gate, _normalise(norm, logits), carriers)
+            return functional.cbam(input, *parameters)
+        if _why_norm_is_called(norm) is None:
+            if not norm.training:
+                return functional.cbam(input, *_fold(norm, parameters))
+            if functional.use_kernels(input):
+                try:
+                    output = ops.around_batch_norm(norm, input, *parameters)
+                except RuntimeError:
+                    check_arguments(input, *parameters)
+                    raise
+                if output is not None:
+                    return output
+        channel_gate, logits, carriers = _logits(input, parameters)
+        return _apply_gates(input, channel_gate, call(norm, logits), carriers)
+
+    def _layer_by_layer(self, input: Tensor) -> Tensor:
+        """``forward`` where a layer has to be called."""
+        check_input(input)
+        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
+        if _why_gate_is_called(channel, ChannelGate) or _why_gate_is_called(spatial, SpatialGate):
+            refined = channel(input) * input.to(reference.accumulator_dtype(input.dtype))
+            return (spatial(refined) * refined).to(input.dtype)
+        channel_gate, logits, carriers = self._called_logits(input)
+        return _pieces.apply_gates(input, channel_gate, logits, carriers)
+
+    def _called_logits(self, input: Tensor) -> tuple[Tensor, Tensor, _pieces.Carriers]:
+        """Channel gate and normalised logits of the spatial gate, from calls of all layers."""
+        pooled, carriers = _pieces.pool(input, functional.use_kernels(input))
+        gate = channel_gate(submodule(self, "channel"), pooled)
+        stats, carriers = _pieces.channel_stats(input, gate, carriers)
+        return gate, spatial_logits(submodule(self, "spatial"), stats), carriers
+
+    def _symbolic(self, input: torch.fx.Proxy) -> torch.fx.Proxy:
+        """``forward`` for torch.fx: one node that calls this module, which keeps all that it has.
+
+        Where this module is itself what is traced, one node of the function or those of the layers.
+        """
+        path_of_module = getattr(input.tracer, "path_of_module", None)
+        name = "" if path_of_module is None else path_of_module(self)
+        if name:
+            return input.tracer.create_proxy("call_module", name, (input,), {})
+        parameters = self._read_layers()
+        if isinstance(parameters, str) or norm_of(submodule(self, "spatial")) is not None:
+            return self._plain(input)
+        return functional.cbam(input, *parameters)
 
     def _scripted(self, input: Tensor) -> Tensor:
         """``forward`` in the part of Python that TorchScript compiles."""
+        if self._plain_in_script:
+            return self._plain(input)
         fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
         if self.spatial.norm is None:
             return torch.ops.cbam.forward(
@@ -115,9 +169,22 @@ class CBAM(nn.Module):
         logits = self.spatial.norm(logits.to(conv.weight.dtype)).to(logits.dtype)
         return torch.ops.cbam._apply(input, channel_gate, logits)
 
-    @torch.no_grad()
+    def _plain(self, input: Tensor) -> Tensor:
+        """``forward`` as the chain of layers in the dtype of the input."""
+        refined = input * self.channel(input)
+        return refined * self.spatial(refined)
+
+    @property
+    def _plain_in_script(self) -> bool:
+        """A constant of the scripted module, so that one of the two ways is compiled."""
+        return isinstance(self._read_layers(), str)
+
+    # What TorchScript asks for: constants by name, and properties that it is not to compile.
+    __constants__ = ("_plain_in_script",)
+    __jit_unused_properties__ = ("_plain_in_script",)
+
     def attention(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The two gates of ``forward(input)``, for looking at: not differentiable.
+        """The two gates of ``forward(input)``, differentiable as that is.
 
         Leaves the module as it was: running statistics of a norm are not updated.
 
@@ -125,57 +192,98 @@ class CBAM(nn.Module):
             Channel gate ``[N, C, 1, 1]`` and spatial gate ``[N, 1, H, W]``, values in [0, 1], in
             float32 (float64 for float64 input).
         """
-        norm = _submodule(_submodule(self, "spatial"), "norm")
+        parameters = self._read_layers()
+        if isinstance(parameters, str):
+            check_input(input)
+            return with_own_buffers(self)._called_gates(input)
+        norm = norm_of(submodule(self, "spatial"))
         if norm is None:
-            return functional.gates(input, *self._parameters_of_op())
-        if _folds(norm):
-            return functional.gates(input, *self._folded_parameters(norm))
-        channel_gate, logits, _ = self._logits(input)
-        return channel_gate, torch.sigmoid(_normalise(copy.deepcopy(norm), logits))
+            return functional.gates(input, *parameters)
+        if _why_norm_is_called(norm) is None and not norm.training:
+            return functional.gates(input, *_fold(norm, parameters))
+        channel_gate, logits, _ = _logits(input, parameters)
+        return channel_gate, torch.sigmoid(call(with_own_buffers(norm), logits))
+
+    def _called_gates(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
+        if _why_gate_is_called(channel, ChannelGate) or _why_gate_is_called(spatial, SpatialGate):
+            gate = channel(input)
+            return gate, spatial(gate * input.to(reference.accumulator_dtype(input.dtype)))
+        gate, logits, _ = self._called_logits(input)
+        return gate, torch.sigmoid(logits)
+
+    def why_not_fused(self) -> str | None:
+        """Why this module is not one fused operator; None where it is, which is fastest.
+
+        It is where each layer does exactly what its class says: an ``nn.Linear``, ``nn.Conv2d`` or
+        ``nn.BatchNorm2d`` without hooks or a forward of its own, with the convolution's geometry as
+        built and plain tensors for parameters; also under ``weight_norm`` and ``orthogonal`` of
+        :mod:`torch.nn.utils.parametrizations`. Otherwise the layers are called, as a chain of
+        PyTorch's modules calls them, and the kernels do what is around. A norm that is not an
+        ``nn.BatchNorm2d`` is called between two fused halves.
+
+        Example:
+            >>> module = CBAM(64)
+            >>> module.why_not_fused()
+            >>> handle = module.channel.fc1.register_forward_hook(print)
+            >>> module.why_not_fused()
+            'layers are called: channel.fc1 has hooks'
+        """
+        parameters = self._read_layers()
+        if isinstance(parameters, str):
+            return f"layers are called: {parameters}"
+        norm = norm_of(submodule(self, "spatial"))
+        reason = None if norm is None else _why_norm_is_called(norm)
+        return None if reason is None else f"the norm is called: spatial.norm {reason}"
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, "
             f"kernel_size={self.kernel_size}"
         )
+        reason = self.why_not_fused()
+        return text if reason is None else f"{text}, {reason}"
 
-    def _parameters_of_op(self) -> tuple[Tensor | None, ...]:
-        channel, spatial = _submodule(self, "channel"), _submodule(self, "spatial")
-        fc1, fc2 = _submodule(channel, "fc1"), _submodule(channel, "fc2")
-        layers = (fc1, fc2, _submodule(spatial, "conv"))
-        return tuple(_parameter(layer, name) for layer in layers for name in ("weight", "bias"))
-
-    def _folded_parameters(self, norm: _BatchNorm) -> tuple[Tensor | None, ...]:
-        """The parameters, with a norm that scales and shifts folded into the convolution."""
-        *mlp, weight, bias = self._parameters_of_op()
-        assert weight is not None and norm.running_mean is not None
-        assert norm.running_var is not None
-        # Folding in the accumulator dtype costs half models no accuracy: the operator takes
-        # parameters of that dtype beside half input.
-        dtype = reference.accumulator_dtype(weight.dtype)
-        scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight.to(dtype)
-        shift = -norm.running_mean.to(dtype) * scale
-        if bias is not None:
-            shift = shift + bias.to(dtype) * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.to(dtype)
-        return *mlp, weight.to(dtype) * scale, shift
-
-    def _logits(self, input: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Channel gate, spatial logits and what ties the two phases together in backward."""
-        arguments = (input, *self._parameters_of_op())
-        if functional.use_kernels(input):
-            try:
-                return ops.spatial_logits(*arguments)
-            except RuntimeError:
-                check_arguments(*arguments)
-                raise
-        check_arguments(*arguments)
-        channel_gate = reference.channel_gate(*arguments[:5])
-        logits = reference.spatial_logits(input, channel_gate, *arguments[5:])
-        return channel_gate, logits, None
+    def _read_layers(self) -> Parameters | str:
+        """Weights and biases of the layers, or why the layers have to be called instead."""
+        if are_watched():
+            return "all modules have hooks"
+        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
+        if (
+            type(channel) is ChannelGate
+            and type(spatial) is SpatialGate
+            and not torch.compiler.is_compiling()  # which learns from the questions what to guard
+            and (parameters := read_quickly(channel, spatial)) is not None
+        ):
+            return parameters
+        for name, gate, kind in (
+            ("channel", channel, ChannelGate),
+            ("spatial", spatial, SpatialGate),
+        ):
+            reason = _why_gate_is_called(gate, kind)
+            if reason is not None:
+                return f"{name} {reason}"
+        fc1, fc2 = submodule(channel, "fc1"), submodule(channel, "fc2")
+        conv = submodule(spatial, "conv")
+        reason = why_called(fc1, nn.Linear)
+        if reason is not None:
+            return f"channel.fc1 {reason}"
+        reason = why_called(fc2, nn.Linear)
+        if reason is not None:
+            return f"channel.fc2 {reason}"
+        reason = why_called(conv, nn.Conv2d)
+        if reason is not None:
+            return f"spatial.conv {reason}"
+        parameters = (
+            *(parameter(fc1, "weight"), parameter(fc1, "bias")),
+            *(parameter(fc2, "weight"), parameter(fc2, "bias")),
+            *(parameter(conv, "weight"), parameter(conv, "bias")),
+        )
+        if not are_plain(parameters):
+            return "a parameter is no plain tensor"
+        if not slides_as_built(conv, parameters[4]):
+            return "spatial.conv has another geometry"
+        return parameters
 
 
 class Residual(nn.Module):
@@ -200,20 +308,19 @@ class Residual(nn.Module):
         return input + self.cbam(input)
 
 
-# nn.Module finds parameters and submodules after all else, at two microseconds each. So these look
-# first where they are held; they may be elsewhere, as a weight is that is parametrized.
-
-
-def _submodule(module: nn.Module, name: str) -> Any:
-    if name in module._modules:
-        return module._modules[name]
-    return getattr(module, name)
-
-
-def _parameter(layer: nn.Module, name: str) -> Any:
-    if name in layer._parameters:
-        return layer._parameters[name]
-    return getattr(layer, name)
+def _logits(
+    input: Tensor, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Channel gate, spatial logits and what ties the two phases together in backward."""
+    if functional.use_kernels(input):
+        try:
+            return ops.spatial_logits(input, *parameters)
+        except RuntimeError:
+            check_arguments(input, *parameters)
+            raise
+    check_arguments(input, *parameters)
+    channel_gate = reference.channel_gate(input, *parameters[:4])
+    return channel_gate, reference.spatial_logits(input, channel_gate, *parameters[4:]), None
 
 
 def _apply_gates(
@@ -239,41 +346,46 @@ def _make_norm(
     return norm.to(device=device, dtype=dtype)
 
 
-def _folds(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a BatchNorm that scales and shifts by constants at present.
-
-    With hooks it is called as any module, in case they bring its parameters (FSDP's do) or look.
-    """
-    return (
-        isinstance(norm, _BatchNorm)
-        and not norm.training
-        and not _is_hooked(norm)
-        and norm.running_mean is not None
-        and norm.running_var is not None
-    )
+def _why_gate_is_called(gate: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a gate is called as a module and not only looked into for its layers."""
+    if type(gate) is not kind:
+        return f"is a {type(gate).__name__}"
+    if has_hooks(gate):
+        return "has hooks"
+    return "has a forward of its own" if has_own_forward(gate, kind.forward) else None
 
 
-def _trains_unseen(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a plain BatchNorm in training, which nobody would miss if not called."""
-    return type(norm) is nn.BatchNorm2d and norm.training and not _is_hooked(norm)
+def _why_norm_is_called(norm: nn.Module) -> str | None:
+    """Why ``norm`` is no BatchNorm that nobody would miss if it were not called."""
+    if torch.compiler.is_compiling() or not is_exactly(norm, nn.BatchNorm2d):
+        reason = why_called(norm, nn.BatchNorm2d)
+        if reason is not None:
+            return reason
+    mean, variance = buffer(norm, "running_mean"), buffer(norm, "running_var")
+    if not norm.training and (mean is None or variance is None):
+        return "has no running statistics"
+    if not are_plain((parameter(norm, "weight"), parameter(norm, "bias"), mean, variance)):
+        return "holds no plain tensors"
+    return None
 
 
-def _is_hooked(norm: nn.Module) -> bool:
-    return bool(
-        norm._forward_pre_hooks
-        or norm._forward_hooks
-        or norm._backward_pre_hooks
-        or norm._backward_hooks
-    )
-
-
-def _normalise(norm: nn.Module, logits: Tensor) -> Tensor:
-    """``norm(logits)``, computed in the dtype of the norm's own parameters or statistics."""
-    # Its own come first among parameters() as well, but walking a module's tree takes its time.
-    held = chain(norm._parameters.values(), norm.parameters(), norm.buffers())
-    dtypes = (tensor.dtype for tensor in held if tensor is not None)
-    dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), logits.dtype)
-    return norm(logits.to(dtype)).to(logits.dtype)
+def _fold(norm: _BatchNorm, parameters: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The parameters, with a norm that scales and shifts folded into the convolution."""
+    *mlp, weight, bias = parameters
+    assert weight is not None and norm.running_mean is not None
+    assert norm.running_var is not None
+    # Folding in the accumulator dtype costs half models no accuracy: the operator takes
+    # parameters of that dtype beside half input.
+    dtype = reference.accumulator_dtype(weight.dtype)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    if bias is not None:
+        shift = shift + bias.to(dtype) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    return *mlp, weight.to(dtype) * scale, shift
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -47,7 +47,7 @@ def _model(backend: Backend, norm_layer: Callable[[int], nn.Module] | None) -> n
 
 
 def _arguments(module: cbam_ext.CBAM, x: Tensor) -> Arguments:
-    values = (x, *module._parameters_of_op())
+    values = (x, *module._read_layers())
     return Arguments(*(None if t is None else t.detach() for t in values))
 
 
@@ -76,7 +76,7 @@ def test_behind_a_convolution(
     if norm_layer is None:
         arguments = _arguments(model[1], inner)
         assert_close(output.detach(), truth(arguments).output, "output")
-        gradients = [p if p is None else p.grad for p in model[1]._parameters_of_op()]
+        gradients = [p if p is None else p.grad for p in model[1]._read_layers()]
         assert_gradients_close([None, *gradients], arguments, upstream)
 
 

@@ -42,7 +42,7 @@ def calls_of_the_operators() -> dict[str, tuple[int, Callable[[], object]]]:
     module = cbam_ext.CBAM(6, mlp_bias=True, conv_bias=True)
     norm = cbam_ext.CBAM(6, norm_layer=nn.BatchNorm2d)
     folded = cbam_ext.CBAM(6, norm_layer=nn.BatchNorm2d).eval()
-    parameters = module._parameters_of_op()
+    parameters = module._read_layers()
     values = [None if t is None else t.detach() for t in parameters]
     wrong_shape = [values[0][:, 1:], *values[1:]]
     wrong_dtype = [values[0].double(), *values[1:]]

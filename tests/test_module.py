@@ -177,8 +177,6 @@ def test_attention_multiplies_to_the_output(
     assert spatial_gate.shape == (3, 1, 6, 7)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     assert channel_gate.dtype == spatial_gate.dtype == accumulator
-    assert not channel_gate.requires_grad
-    assert not spatial_gate.requires_grad
     product = x.double() * channel_gate.double() * spatial_gate.double()
     assert_close(module(x), product, "output")
 

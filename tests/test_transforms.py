@@ -154,7 +154,7 @@ class _Plain(torch.nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self.module._parameters_of_op()
+        parameters = self.module._read_layers()
         gate = reference.channel_gate(x, *parameters[:4])
         logits = reference.spatial_logits(x, gate, *parameters[4:])
         norm = self.module.spatial.norm

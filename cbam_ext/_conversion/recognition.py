@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..module import CBAM, Residual, _is_hooked
+from .._layers import has_hooks
+from ..module import CBAM, Residual
 
 # Forward in float64 agrees to about 1e-15; two different functions of random weights to about 1e-2.
 TOLERANCE = 1e-9
@@ -77,7 +78,7 @@ def is_ours(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks would be lost if ``module`` or one in it were replaced."""
-    return any(map(_is_hooked, module.modules()))
+    return any(map(has_hooks, module.modules()))
 
 
 # ------------------------------------------------------------------------------------- structure

@@ -1,0 +1,251 @@
+"""Whether a layer does exactly what its class says, so that its weights are all there is to it.
+
+People prune, adapt, quantise, hook, patch and offload the layers of a CBAM, and each of that shows
+in a call of the layer and not in its weights. PyTorch's own fused Transformer layers ask the same
+questions for the same reason. They are asked at every call of the module, so each takes a fraction
+of a microsecond. Where the answer is no, it is a few words that say why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+from torch.nn.utils import parametrizations, parametrize
+
+from ._checks import DTYPES
+
+# fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
+Parameters = tuple[Tensor | None, ...]
+
+# What the layers' classes do, before anybody replaces it.
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d)}
+_CONV_FORWARD = nn.Conv2d._conv_forward
+
+# Parametrizations that are functions of their tensors and nothing else: a weight that is read once
+# is what it would be in each of two calls. Of others nobody knows whether they count or draw.
+_PURE = (parametrizations._WeightNorm, parametrizations._Orthogonal)
+
+_STRIDED = torch.strided
+_PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
+
+
+def read_quickly(channel: nn.Module, spatial: nn.Module) -> Parameters | None:
+    """Weights and biases of the layers where they are as everybody has them; None elsewhere.
+
+    A shortcut through the questions below for the calls that have no time to lose.
+    """
+    if not (
+        _is_untouched(channel)
+        and _is_untouched(spatial)
+        and is_exactly(fc1 := channel._modules.get("fc1"), nn.Linear)
+        and is_exactly(fc2 := channel._modules.get("fc2"), nn.Linear)
+        and is_exactly(conv := spatial._modules.get("conv"), nn.Conv2d)
+    ):
+        return None
+    first, second, third = fc1._parameters, fc2._parameters, conv._parameters
+    if "weight" not in first or "weight" not in second or "weight" not in third:
+        return None
+    w1, w2, w3 = first["weight"], second["weight"], third["weight"]
+    parameters = (w1, first["bias"], w2, second["bias"], w3, third["bias"])
+    if (
+        _PLAIN.issuperset(map(type, parameters))
+        and are_numbers(w1)
+        and are_numbers(w2)
+        and are_numbers(w3)
+        and slides_as_built(conv, w3)
+    ):
+        return parameters
+    return None
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether nothing stands between a call and the forward of the module's class."""
+    own = module.__dict__
+    return not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
+        or "_compiled_call_impl" in own
+    )
+
+
+def is_exactly(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """The common case of :func:`why_called`, in a hurry."""
+    return type(layer) is kind and kind.forward is _FORWARDS[kind] and _is_untouched(layer)
+
+
+def why_called(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``layer`` is not exactly a ``kind`` (one of nn.Linear, nn.Conv2d and nn.BatchNorm2d)."""
+    if type(layer) is not kind:
+        reason = _why_not_parametrized(layer, kind)
+        if reason is not None:
+            return reason
+    if has_hooks(layer):
+        return "has hooks"
+    if has_own_forward(layer, _FORWARDS[kind]):
+        return "has a forward of its own"
+    return None
+
+
+def slides_as_built(conv: nn.Conv2d, weight: Tensor | None) -> bool:
+    """Whether the geometry is that of the operator, which keeps the size of the map."""
+    if weight is None or weight.dim() != 4:
+        return False
+    size = weight.size(3)
+    return (
+        weight.size(2) == size
+        # Replaced in many a notebook, for maps that wrap around.
+        and not _is_replaced(conv, "_conv_forward", _CONV_FORWARD)
+        and conv.padding == (size // 2, size // 2)
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody looks at calls of ``module`` alone."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def has_own_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a call of ``module`` runs anything but ``forward``, which its class had."""
+    own = module.__dict__
+    if "_call_impl" in own or own.get("_compiled_call_impl") is not None:
+        return True
+    return _is_replaced(module, "forward", forward)
+
+
+def _is_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> bool:
+    # Asked as an attribute, so that torch.compile compiles again when somebody replaces it. Strict
+    # export shows no bound method there, and has nothing to compile again.
+    if getattr(getattr(module, name), "__func__", None) is method:
+        return False
+    return name in module.__dict__ or not torch.compiler.is_exporting()
+
+
+def are_watched() -> bool:
+    """Whether anybody looks at the calls of all modules."""
+    return bool(
+        _global_forward_pre_hooks
+        or _global_forward_hooks
+        or _global_backward_pre_hooks
+        or _global_backward_hooks
+    )
+
+
+def are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the operator can take ``tensors`` for the numbers that they are."""
+    if not _PLAIN.issuperset(map(type, tensors)):
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN and not _behaves_plainly(type(tensor)):
+                return False
+    for tensor in tensors:  # noqa: SIM110 (a generator takes as long as all of this)
+        if tensor is not None and not are_numbers(tensor):
+            return False
+    return True
+
+
+def are_numbers(tensor: Tensor | None) -> bool:
+    """Whether the operator reads what is in ``tensor``."""
+    return tensor is not None and tensor.dtype in DTYPES and tensor.layout is _STRIDED
+
+
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """``module.name``, which nn.Module finds after all else, at two microseconds a time."""
+    if name in module._modules:
+        return module._modules[name]
+    return getattr(module, name)
+
+
+def parameter(layer: nn.Module, name: str) -> Tensor | None:
+    """``layer.name``. It may be elsewhere than parameters are, as a weight that is parametrized."""
+    if name in layer._parameters:
+        return layer._parameters[name]
+    return getattr(layer, name)
+
+
+def buffer(layer: nn.Module, name: str) -> Tensor | None:
+    """``layer.name`` for a buffer, likewise."""
+    if name in layer._buffers:
+        return layer._buffers[name]
+    return getattr(layer, name)
+
+
+def call(layer: nn.Module, input: Tensor) -> Tensor:
+    """``layer(input)`` computed in the dtype of the layer's own parameters or statistics."""
+    # Its own come first among parameters() as well, but walking a module's tree takes its time.
+    for held in (layer._parameters.values, layer.parameters, layer.buffers):
+        for tensor in held():
+            if tensor is not None and tensor.is_floating_point():
+                return layer(input.to(tensor.dtype)).to(input.dtype)
+    return layer(input).to(input.dtype)
+
+
+def with_own_buffers(module: nn.Module) -> nn.Module:
+    """A twin of ``module`` with its parameters and hooks, and buffers that nobody else sees."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._buffers = {name: _clone(buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {
+        name: child if child is None else with_own_buffers(child)
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _clone(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.clone()
+
+
+def _why_not_parametrized(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``layer`` is not a ``kind`` whose weights are pure functions of its parameters."""
+    cls = type(layer)
+    if cls.__bases__ != (kind,) or not parametrize.is_parametrized(layer):
+        return f"is a {cls.__name__}"
+    if not vars(cls).keys() <= _names_of_parametrized(layer):
+        return "has a class of its own"
+    for each in layer.parametrizations.values():
+        for parametrization in each:
+            pure = type(parametrization) in _PURE or (
+                type(parametrization) is parametrizations._SpectralNorm
+                and not parametrization.training
+            )
+            if not pure or has_hooks(parametrization):
+                return f"is parametrized by {type(parametrization).__name__}"
+    return None
+
+
+def _names_of_parametrized(layer: nn.Module) -> set[str]:
+    """What torch's parametrize puts into the class that it makes for a layer."""
+    return {"__getstate__", "__deepcopy__", "__module__", "__doc__", *layer.parametrizations}
+
+
+def _behaves_plainly(kind: type[Tensor]) -> bool:
+    """Whether a subclass of Tensor leaves what functions do as it is."""
+    # Stand-ins of tensors whose values are not there, or that record what happens to them.
+    if kind.__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor"):
+        return True
+    return (
+        getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+        in (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
