@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
                      -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench lint format test-matrix clean
+.PHONY: help demo test test-tools bench lint format test-matrix clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ demo: $(VENV)/.extra-demo  ## train a segmentation model with CBAM on a photogra
 # Processes that share cores: their threads sleep while they wait, else they take each other's time.
 test: $(VENV)/.extra-test  ## run the tests (ARGS="-k name" for some)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and other tools on CBAM
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m tools -n auto --maxprocesses 4 $(ARGS)
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)

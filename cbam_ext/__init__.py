@@ -11,6 +11,7 @@ everything runs as plain PyTorch. ``python -m cbam_ext`` tells what was found.
 from __future__ import annotations
 
 from . import _library, ops, reference
+from ._flops import fvcore_handles
 from ._version import __version__
 from .aten import decompositions
 from .conversion import convert, load_peer_state_dict, to_plain
@@ -29,6 +30,7 @@ __all__ = [
     "compare_costs",
     "convert",
     "decompositions",
+    "fvcore_handles",
     "load",
     "load_peer_state_dict",
     "measure_cost",

@@ -1,4 +1,4 @@
-"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for the operators.
+"""What counters of FLOPs count for the operators: PyTorch's own, and fvcore's.
 
 As for every operator of PyTorch, that is the multiplications and additions of matrix products and
 convolutions: here of the MLP and of the spatial convolution. So the numbers are those of plain
@@ -7,7 +7,7 @@ PyTorch's CBAM. Pooling and gating count nothing, although all of the time goes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,32 @@ def register(namespace: str) -> None:
     register_flop_formula(first)(_forward)
     register_flop_formula(operators._backward)(_backward)
     register_flop_formula(operators._logits_backward)(_logits_backward)
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """What ``fvcore.nn.FlopCountAnalysis`` has to know of the operators.
+
+    For code that calls ``cbam_ext.cbam`` or ``torch.ops.cbam.forward`` itself. A
+    :class:`cbam_ext.CBAM` needs no handles, because fvcore looks at every layer of a model, and so
+    its layers are called. As everywhere in fvcore, a multiplication and the addition after it count
+    as one.
+
+    Returns:
+        Names of operators to functions of the traced inputs and outputs. It is a new dict, for
+        ``set_op_handle`` or, with handles of other operators, for ``flop_count``.
+
+    Example:
+        >>> from fvcore.nn import FlopCountAnalysis  # doctest: +SKIP
+        >>> analysis = FlopCountAnalysis(model, images)  # doctest: +SKIP
+        >>> analysis.set_op_handle(**cbam_ext.fvcore_handles()).total()  # doctest: +SKIP
+    """
+
+    def count(inputs: list[Any], outputs: list[Any]) -> int:
+        shapes = (value.type().sizes() for value in (inputs[0], inputs[1], inputs[3], inputs[5]))
+        input, fc1_weight, fc2_weight, conv_weight = shapes
+        return _forward(input, fc1_weight, None, fc2_weight, None, conv_weight) // 2
+
+    return {f"cbam::{name}": count for name in ("forward", "gates", "_logits", "_forward_train")}
 
 
 def _forward(

@@ -83,7 +83,8 @@ def channel_gate(channel: nn.Module, pooled: Tensor) -> Tensor:
     def mlp(values: Tensor) -> Tensor:
         return call(fc2, F.relu(call(fc1, values)))
 
-    average, maximum = pooled.unbind(1)
+    # Each has its own memory, in which a layer may work in place.
+    average, maximum = (values.clone() for values in pooled.unbind(1))
     return torch.sigmoid(mlp(average) + mlp(maximum))[..., None, None]
 
 

@@ -8,8 +8,7 @@ of a microsecond. Where the answer is no, it is a few words that say why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from ._checks import DTYPES
 Parameters = tuple[Tensor | None, ...]
 
 # What the layers' classes do, before anybody replaces it.
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.BatchNorm2d)}
+_KINDS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 # Parametrizations that are functions of their tensors and nothing else: a weight that is read once
@@ -52,15 +52,17 @@ def read_quickly(channel: nn.Module, spatial: nn.Module) -> Parameters | None:
     ):
         return None
     first, second, third = fc1._parameters, fc2._parameters, conv._parameters
-    if "weight" not in first or "weight" not in second or "weight" not in third:
+    try:
+        w1, w2, w3 = first["weight"], second["weight"], third["weight"]
+        parameters = (w1, first["bias"], w2, second["bias"], w3, third["bias"])
+    except KeyError:
         return None
-    w1, w2, w3 = first["weight"], second["weight"], third["weight"]
-    parameters = (w1, first["bias"], w2, second["bias"], w3, third["bias"])
     if (
         _PLAIN.issuperset(map(type, parameters))
         and are_numbers(w1)
         and are_numbers(w2)
         and are_numbers(w3)
+        and are_of_one_mlp(fc1, fc2)
         and slides_as_built(conv, w3)
     ):
         return parameters
@@ -87,32 +89,40 @@ def is_exactly(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def why_called(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why ``layer`` is not exactly a ``kind`` (one of nn.Linear, nn.Conv2d and nn.BatchNorm2d)."""
+    """Why ``layer`` is not exactly a ``kind``, a class of PyTorch's."""
     if type(layer) is not kind:
         reason = _why_not_parametrized(layer, kind)
         if reason is not None:
             return reason
     if has_hooks(layer):
         return "has hooks"
-    if has_own_forward(layer, _FORWARDS[kind]):
+    if has_own_forward(layer) or kind.forward is not _FORWARDS[kind]:
         return "has a forward of its own"
     return None
 
 
+def are_of_one_mlp(fc1: nn.Linear, fc2: nn.Linear) -> bool:
+    """Whether the second layer leads back to the channels that the first comes from."""
+    return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features
+
+
 def slides_as_built(conv: nn.Conv2d, weight: Tensor | None) -> bool:
-    """Whether the geometry is that of the operator, which keeps the size of the map."""
+    """Whether the layer makes one map of two, of the same size, as the operator does."""
     if weight is None or weight.dim() != 4:
         return False
     size = weight.size(3)
     return (
         weight.size(2) == size
-        # Replaced in many a notebook, for maps that wrap around.
-        and not _is_replaced(conv, "_conv_forward", _CONV_FORWARD)
         and conv.padding == (size // 2, size // 2)
+        and conv.in_channels == 2
+        and conv.out_channels == 1
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
+        # Replaced in many a notebook, for maps that wrap around.
+        and not _is_replaced(conv, "_conv_forward")
+        and nn.Conv2d._conv_forward is _CONV_FORWARD
     )
 
 
@@ -126,20 +136,23 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def has_own_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether a call of ``module`` runs anything but ``forward``, which its class had."""
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs something that was put on the instance."""
     own = module.__dict__
-    if "_call_impl" in own or own.get("_compiled_call_impl") is not None:
-        return True
-    return _is_replaced(module, "forward", forward)
+    return (
+        _is_replaced(module, "forward")
+        or "_call_impl" in own
+        or own.get("_compiled_call_impl") is not None
+    )
 
 
-def _is_replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> bool:
-    # Asked as an attribute, so that torch.compile compiles again when somebody replaces it. Strict
-    # export shows no bound method there, and has nothing to compile again.
-    if getattr(getattr(module, name), "__func__", None) is method:
-        return False
-    return name in module.__dict__ or not torch.compiler.is_exporting()
+def _is_replaced(module: nn.Module, method: str) -> bool:
+    own = module.__dict__
+    if method in own:  # perhaps put back there by who had replaced it
+        function, self = (getattr(own[method], n, None) for n in ("__func__", "__self__"))
+        return self is not module or function is not getattr(type(module), method)
+    # For torch.compile, which compiles again when the answer to what it looked up would be another.
+    return getattr(module, method) is None
 
 
 def are_watched() -> bool:
@@ -202,6 +215,8 @@ def call(layer: nn.Module, input: Tensor) -> Tensor:
 
 def with_own_buffers(module: nn.Module) -> nn.Module:
     """A twin of ``module`` with its parameters and hooks, and buffers that nobody else sees."""
+    if parametrize._cache_enabled and parametrize.is_parametrized(module):
+        return module  # cached weights go by the id of their module, which a twin leaves to others
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._buffers = {name: _clone(buffer) for name, buffer in module._buffers.items()}

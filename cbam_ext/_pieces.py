@@ -38,7 +38,9 @@ def channel_stats(
     input: Tensor, channel_gate: Tensor, carriers: Carriers, *, namespace: str = "cbam"
 ) -> tuple[Tensor, Carriers]:
     """Average and maximum over the channels of the refined map, ``[N, 2, H, W]``, likewise."""
-    if carriers is None or not is_ordinary((input, channel_gate)):
+    n, c, *_ = input.shape
+    fits = channel_gate.shape == (n, c, 1, 1)
+    if carriers is None or not fits or not is_ordinary((input, channel_gate)):
         return reference.channel_stats(input, channel_gate), None
     stats, *onward = _ChannelStats.apply(namespace, input, channel_gate, *carriers)
     return stats, onward
@@ -53,9 +55,15 @@ def apply_gates(
     namespace: str = "cbam",
 ) -> Tensor:
     """``sigmoid(logits) * channel_gate * input``, in the dtype of ``input``."""
-    if carriers is None:
+    if carriers is None or not is_spatial_map(logits, input):
         return reference.apply_gates(input, channel_gate, logits)
     return ops.apply_gates(input, channel_gate, logits, carriers, namespace=namespace)
+
+
+def is_spatial_map(logits: Tensor, input: Tensor) -> bool:
+    """Whether there is one for each pixel of ``input``. In plain PyTorch others may broadcast."""
+    n, _, h, w = input.shape
+    return logits.shape == (n, 1, h, w)
 
 
 class _Pool(Function):

@@ -38,11 +38,12 @@ from ._conversion.recognition import (
     distance,
     explain_structure,
     find_structures,
-    is_hooked,
     is_ours,
     recognise,
 )
 from ._conversion.references import References
+from ._gates import ChannelGate, SpatialGate
+from ._layers import has_hooks, has_own_forward
 from ._progress import track
 from .module import CBAM, Residual
 
@@ -448,5 +449,11 @@ def to_plain(
 def _check_plain(module: nn.Module) -> None:
     if type(module) not in (CBAM, Residual):
         raise TypeError(f"to_plain: {type(module).__name__} is a subclass, with code of its own")
-    if is_hooked(module):
+    # The layers stay as they are, with whatever was done to them.
+    cbam = module.cbam if isinstance(module, Residual) else module
+    gates = (cbam.channel, cbam.spatial) if isinstance(cbam, CBAM) else ()
+    if any(map(has_hooks, (module, cbam, *gates))):
         raise TypeError("to_plain: a CBAM has hooks, which would be lost; remove them first")
+    for gate, kind in zip(gates, (ChannelGate, SpatialGate), strict=False):
+        if type(gate) is not kind or has_own_forward(gate):
+            raise TypeError("to_plain: a gate of a CBAM was replaced; put it back first")

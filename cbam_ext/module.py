@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _pieces, functional, ops, reference
+from . import _library, _pieces, functional, ops, reference
 from ._checks import check_arguments, check_input
 from ._gates import ChannelGate, SpatialGate, channel_gate, norm_of, spatial_logits
 from ._layers import (
     Parameters,
+    are_of_one_mlp,
     are_plain,
     are_watched,
     buffer,
@@ -28,6 +29,7 @@ from ._layers import (
     why_called,
     with_own_buffers,
 )
+from ._pieces import is_spatial_map
 
 
 class CBAM(nn.Module):
@@ -55,6 +57,10 @@ class CBAM(nn.Module):
         >>> CBAM(64)(torch.rand(1, 64, 14, 14)).shape
         torch.Size([1, 64, 14, 14])
     """
+
+    # What TorchScript asks for: constants by name, and properties that it is not to compile.
+    __constants__ = ("_plain_in_script",)
+    __jit_unused_properties__ = ("_plain_in_script",)
 
     def __init__(
         self,
@@ -177,11 +183,7 @@ class CBAM(nn.Module):
     @property
     def _plain_in_script(self) -> bool:
         """A constant of the scripted module, so that one of the two ways is compiled."""
-        return isinstance(self._read_layers(), str)
-
-    # What TorchScript asks for: constants by name, and properties that it is not to compile.
-    __constants__ = ("_plain_in_script",)
-    __jit_unused_properties__ = ("_plain_in_script",)
+        return not _library.is_loaded() or isinstance(self._read_layers(), str)
 
     def attention(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of ``forward(input)``, differentiable as that is.
@@ -281,6 +283,8 @@ class CBAM(nn.Module):
         )
         if not are_plain(parameters):
             return "a parameter is no plain tensor"
+        if not are_of_one_mlp(fc1, fc2):
+            return "channel.fc1 and channel.fc2 have other shapes"
         if not slides_as_built(conv, parameters[4]):
             return "spatial.conv has another geometry"
         return parameters
@@ -326,7 +330,7 @@ def _logits(
 def _apply_gates(
     input: Tensor, channel_gate: Tensor, logits: Tensor, carriers: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    if carriers is None:
+    if carriers is None or not is_spatial_map(logits, input):
         return reference.apply_gates(input, channel_gate, logits)
     return ops.apply_gates(input, channel_gate, logits, carriers)
 
@@ -352,13 +356,15 @@ def _why_gate_is_called(gate: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"is a {type(gate).__name__}"
     if has_hooks(gate):
         return "has hooks"
-    return "has a forward of its own" if has_own_forward(gate, kind.forward) else None
+    return "has a forward of its own" if has_own_forward(gate) else None
 
 
 def _why_norm_is_called(norm: nn.Module) -> str | None:
     """Why ``norm`` is no BatchNorm that nobody would miss if it were not called."""
     if torch.compiler.is_compiling() or not is_exactly(norm, nn.BatchNorm2d):
-        reason = why_called(norm, nn.BatchNorm2d)
+        # With the statistics of training behind it, SyncBatchNorm asks no other process.
+        synchronised = type(norm) is nn.SyncBatchNorm and not norm.training
+        reason = why_called(norm, nn.SyncBatchNorm if synchronised else nn.BatchNorm2d)
         if reason is not None:
             return reason
     mean, variance = buffer(norm, "running_mean"), buffer(norm, "running_var")

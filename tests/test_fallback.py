@@ -178,6 +178,20 @@ print(caught[0].message)
     assert "cbam_ext.load()" in out or "pip install" in out
 
 
+def test_script_without_libraries(tmp_path: Path) -> None:
+    """As the chain of layers."""
+    _run(
+        tmp_path,
+        """
+import torch, cbam_ext
+for norm in (None, torch.nn.BatchNorm2d):
+    module = cbam_ext.CBAM(6, norm_layer=norm).eval()
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+""",
+    )
+
+
 def test_operator_without_libraries_explains_itself(tmp_path: Path) -> None:
     out = _run(
         tmp_path,

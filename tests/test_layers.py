@@ -84,6 +84,66 @@ def test_another_geometry_counts(
     assert module.why_not_fused() == "layers are called: spatial.conv has another geometry"
 
 
+def wide_gate(each: nn.Module) -> None:
+    each.spatial.conv = nn.Conv2d(2, 8, 3, padding=1, dtype=torch.float64)
+
+
+def one_gate_for_all_pixels(each: nn.Module) -> None:
+    each.spatial.conv = nn.Sequential(each.spatial.conv, nn.AdaptiveAvgPool2d(1))
+
+
+def one_gate_for_all_channels(each: nn.Module) -> None:
+    each.channel.fc2 = nn.Linear(3, 1, dtype=torch.float64)
+
+
+def normed_to_one(each: nn.Module) -> None:
+    each.spatial.norm = nn.AdaptiveAvgPool2d(1)
+
+
+@pytest.mark.parametrize(
+    "treat",
+    [wide_gate, one_gate_for_all_pixels, one_gate_for_all_channels, normed_to_one],
+    ids=lambda treat: treat.__name__,
+)
+def test_gates_that_broadcast(
+    treat: Callable[[nn.Module], None], generator: torch.Generator
+) -> None:
+    def treat_alike(each: nn.Module) -> None:
+        torch.manual_seed(0)
+        treat(each)
+
+    assert_follows(treat_alike, generator)
+
+
+def strided(conv: nn.Conv2d) -> None:
+    conv.stride = (2, 2)
+
+
+def dilated_alone(conv: nn.Conv2d) -> None:
+    conv.dilation = (2, 2)
+
+
+def wide(conv: nn.Conv2d) -> None:
+    conv.weight = nn.Parameter(conv.weight.detach()[:, :, 1:2].clone())
+
+
+def without_padding(conv: nn.Conv2d) -> None:
+    conv.padding = (0, 0)
+
+
+@pytest.mark.parametrize(
+    "geometry", [strided, dilated_alone, wide, without_padding], ids=lambda g: g.__name__
+)
+def test_a_map_of_another_size_is_an_error(geometry: Callable[[nn.Conv2d], None]) -> None:
+    """As it is in the chain, where it does not fit the refined map."""
+    module = draw_cbam()
+    chain = chain_of(module)
+    for each in (module, chain):
+        geometry(each.spatial.conv)
+        with pytest.raises(RuntimeError):
+            each(torch.randn(2, 8, 9, 9))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_layouts(

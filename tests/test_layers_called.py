@@ -13,7 +13,7 @@ from chains import chain_of, draw_cbam
 from samples import same_bits
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from treatments import (
     GEOMETRIES,
     LAYERS,
@@ -217,6 +217,16 @@ def test_gates_that_were_replaced(generator: torch.Generator) -> None:
         assert module.why_not_fused() == f"layers are called: {name} is a Half"
 
 
+def test_gates_with_a_forward_of_their_own(generator: torch.Generator) -> None:
+    def halve(gate: nn.Module) -> None:
+        forward = gate.forward
+        gate.forward = lambda x: forward(x) / 2
+
+    for name in ("channel", "spatial"):
+        module = assert_follows(lambda each, name=name: halve(getattr(each, name)), generator)
+        assert module.why_not_fused() == f"layers are called: {name} has a forward of its own"
+
+
 def test_a_gate_can_be_called(generator: torch.Generator) -> None:
     module = draw_cbam(norm_layer=nn.BatchNorm2d).eval()
     x = torch.randn(2, 8, 6, 5, generator=generator)
@@ -252,6 +262,22 @@ def test_pure_parametrizations_stay_fused(name: str, generator: torch.Generator)
             PURE[name](layer_of(each, layer))
 
     assert assert_follows(treat, generator).why_not_fused() is None
+
+
+def test_attention_while_weights_are_cached(generator: torch.Generator) -> None:
+    """They are kept by the id of the layer, which must be that of one that lives."""
+    modules = [draw_cbam() for _ in range(4)]
+    for module in modules:
+        for layer in LAYERS:
+            parametrize.register_parametrization(layer_of(module, layer), "weight", nn.Tanh())
+    x = torch.randn(2, 8, 6, 5, generator=generator)
+    expected = [module.attention(x) for module in modules]
+    with parametrize.cached():
+        for module, gates in zip(modules, expected, strict=True):
+            for a, b in zip(module.attention(x), gates, strict=True):
+                torch.testing.assert_close(a, b)
+        living = {id(layer_of(module, layer)) for module in modules for layer in LAYERS}
+        assert parametrize._cache and {key[0] for key in parametrize._cache} <= living
 
 
 def test_spectral_norm_is_asked_as_often_as_in_the_chain(generator: torch.Generator) -> None:

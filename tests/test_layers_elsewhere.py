@@ -32,6 +32,28 @@ def nothing_compiled() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("norm_layer", NORMS, ids=NORM_IDS)
+def test_an_untouched_module_compiles_to_its_operators(
+    norm_layer: Any, training: bool, generator: torch.Generator
+) -> None:
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    module = draw_cbam(norm_layer=norm_layer).train(training)
+    x = torch.randn(2, 8, 6, 5, generator=generator)
+    for wrap in (lambda f: f, torch.no_grad()):
+        torch._dynamo.reset()
+        seen.clear()
+        wrap(torch.compile(module, fullgraph=True, backend=backend))(x)
+        assert any("cbam" in name or "autograd_function" in name for name in seen)
+        assert not any("linear" in name or "conv2d" in name for name in seen)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     "treat", [own_forward, forward_hook, another_layer], ids=lambda treat: treat.__name__
 )

@@ -328,18 +328,23 @@ def test_parametrized_weights(layer: str, generator: torch.Generator) -> None:
     torch.testing.assert_close(original.grad, 2 * doubled.get_submodule(layer).weight.grad)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_weights_that_are_plain_attributes(layer: str, generator: torch.Generator) -> None:
-    """As pruning and some sharding leave them: no parameter of that name, but a tensor."""
-    module = cbam_ext.CBAM(6)
+def test_weights_that_are_plain_attributes(
+    layer: str, name: str, generator: torch.Generator
+) -> None:
+    """As some sharding leaves them: no parameter of that name, but a tensor."""
+    module = cbam_ext.CBAM(6, mlp_bias=True, conv_bias=True)
     x = torch.rand(2, 6, 5, 4, generator=generator)
     held = module.get_submodule(layer)
     with torch.no_grad():
         module.channel.fc1.weight.abs_()  # no hidden unit may be zero whatever the weights
+        module.channel.fc1.bias.abs_()
     before = module(x)
-    weight = (2 * held.weight).detach().requires_grad_()
-    del held.weight
-    held.weight = weight
+    weight = (2 * getattr(held, name)).detach().requires_grad_()
+    delattr(held, name)
+    setattr(held, name, weight)
+    assert module.why_not_fused() is None
     output = module(x)
     assert not torch.equal(output, before)
     output.sum().backward()

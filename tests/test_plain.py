@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_conversion import assert_equal, draw, shake, step, timm_cbam
 from torch import nn
+from torch.nn.utils import prune
 
 import cbam_ext
 
@@ -129,6 +130,29 @@ def test_copies_compiles_and_exports(generator: torch.Generator) -> None:
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(torch.export.export(plain, (x,)).module()(x), expected)
+
+
+def test_layers_stay_as_they_were_made(generator: torch.Generator) -> None:
+    """Pruned, of another geometry, with hooks: the layers themselves go over."""
+    ours = shaken(generator)
+    prune.l1_unstructured(ours.channel.fc1, "weight", 0.5)
+    ours.channel.fc2.register_forward_hook(lambda _, __, output: 2 * output)
+    ours.spatial.conv.dilation, ours.spatial.conv.padding = (2, 2), (6, 6)
+    x = draw(24, generator)
+    expected = ours(x)
+    assert_equal([expected], [cbam_ext.to_plain(ours, inplace=True)(x)])
+
+
+def test_what_would_be_lost_is_refused() -> None:
+    for name in ("channel", "spatial"):
+        module = cbam_ext.CBAM(8)
+        getattr(module, name).register_forward_hook(lambda *_: None)
+        with pytest.raises(TypeError, match="a CBAM has hooks"):
+            cbam_ext.to_plain(module)
+        module = cbam_ext.CBAM(8)
+        setattr(module, name, nn.Identity())
+        with pytest.raises(TypeError, match="a gate of a CBAM was replaced"):
+            cbam_ext.to_plain(module)
 
 
 def test_errors() -> None:
