@@ -108,9 +108,21 @@ class CBAM(nn.Module):
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return self._symbolic(input)
+        if not torch.compiler.is_compiling():  # which learns from the questions what to guard
+            quick = self._read_quickly()
+            if quick is not None:
+                try:
+                    return self._fused(input, quick)
+                except (RuntimeError, TypeError, ValueError):
+                    if are_plain(quick):
+                        raise
         parameters = self._read_layers()
         if isinstance(parameters, str):
             return self._layer_by_layer(input)
+        return self._fused(input, parameters)
+
+    def _fused(self, input: Tensor, parameters: Parameters) -> Tensor:
+        """``forward`` where no layer has to be called, but for a norm."""
         norm = norm_of(submodule(self, "spatial"))
         if norm is None:
             return functional.cbam(input, *parameters)
@@ -246,18 +258,19 @@ class CBAM(nn.Module):
         reason = self.why_not_fused()
         return text if reason is None else f"{text}, {reason}"
 
+    def _read_quickly(self) -> Parameters | None:
+        """:meth:`_read_layers` for the usual case."""
+        modules = self._modules
+        channel, spatial = modules.get("channel"), modules.get("spatial")
+        if type(channel) is ChannelGate and type(spatial) is SpatialGate and not are_watched():
+            return read_quickly(channel, spatial)
+        return None
+
     def _read_layers(self) -> Parameters | str:
         """Weights and biases of the layers, or why the layers have to be called instead."""
         if are_watched():
             return "all modules have hooks"
         channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
-        if (
-            type(channel) is ChannelGate
-            and type(spatial) is SpatialGate
-            and not torch.compiler.is_compiling()  # which learns from the questions what to guard
-            and (parameters := read_quickly(channel, spatial)) is not None
-        ):
-            return parameters
         for name, gate, kind in (
             ("channel", channel, ChannelGate),
             ("spatial", spatial, SpatialGate),

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import _flops, _formulas, _library, reference
 from ._autograd import (
@@ -173,9 +174,6 @@ def around_batch_norm(
 
 def _like_output(input: Tensor) -> Tensor:
     """An empty tensor of the strides that the kernels give output and input gradient."""
-    # Imported here, because it brings sympy, which takes longer than all of this package.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     channels_last = input.is_contiguous(memory_format=torch.channels_last)
     if statically_known_true(input.shape[0] == 0):
         # An empty tensor counts as contiguous whatever its strides, and keeps them in empty_like.

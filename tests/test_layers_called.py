@@ -84,10 +84,24 @@ def test_the_shortcut_says_what_the_questions_say() -> None:
             other = copy.deepcopy(module)
             treat(other, name)
             assert _layers.read_quickly(other.channel, other.spatial) is None, treat.__name__
+    assert all(a is b for a, b in zip(module._read_quickly(), expected, strict=True))
     for geometry in GEOMETRIES:
         other = copy.deepcopy(module)
         geometry(other.spatial.conv)
         assert _layers.read_quickly(other.channel, other.spatial) is None, geometry.__name__
+
+
+def test_a_sparse_weight(generator: torch.Generator) -> None:
+    """Which nn.Linear multiplies by and the operator does not read."""
+    module = draw_cbam()
+    chain = chain_of(module)
+    x = torch.randn(2, 8, 6, 5, generator=generator)
+    for each in (module, chain):
+        fc1 = each.channel.fc1
+        fc1.weight = nn.Parameter(fc1.weight.detach().to_sparse_csr(), requires_grad=False)
+    assert module.why_not_fused() == "layers are called: a parameter is no plain tensor"
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), chain(x))
 
 
 def test_what_is_undone_leaves_nothing(generator: torch.Generator) -> None:
