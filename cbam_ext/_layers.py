@@ -93,19 +93,28 @@ def read_quickly(channel: nn.Module, spatial: nn.Module) -> Parameters | None:
     return None
 
 
-def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """The common case of :func:`why_called`, in a hurry."""
-    own = layer.__dict__
+def is_quickly_read(norm: nn.Module) -> bool:
+    """The same for an nn.BatchNorm2d that scales and shifts by numbers it holds, or trains."""
+    own = norm.__dict__
+    if (
+        type(norm) is not nn.BatchNorm2d
+        or nn.BatchNorm2d.forward is not _FORWARDS[nn.BatchNorm2d]
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
+        or "_compiled_call_impl" in own
+    ):
+        return False
+    buffers = own["_buffers"]
+    mean, variance = buffers.get("running_mean"), buffers.get("running_var")
+    held = (mean, variance, *own["_parameters"].values())
     return (
-        type(layer) is kind
-        and kind.forward is _FORWARDS[kind]
-        and not own["_forward_pre_hooks"]
-        and not own["_forward_hooks"]
-        and not own["_backward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and "forward" not in own
-        and "_call_impl" not in own
-        and "_compiled_call_impl" not in own
+        len(held) == 4
+        and _PLAIN.issuperset(map(type, held))
+        and (own["training"] or (mean is not None and variance is not None))
     )
 
 

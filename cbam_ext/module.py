@@ -21,7 +21,7 @@ from ._layers import (
     call,
     has_hooks,
     has_own_forward,
-    is_exactly,
+    is_quickly_read,
     parameter,
     read_quickly,
     slides_as_built,
@@ -112,33 +112,14 @@ class CBAM(nn.Module):
             quick = self._read_quickly()
             if quick is not None:
                 try:
-                    return self._fused(input, quick)
+                    return _fused(input, quick, self._modules["spatial"]._modules.get("norm"))
                 except (RuntimeError, TypeError, ValueError):
                     if are_plain(quick):
                         raise
         parameters = self._read_layers()
         if isinstance(parameters, str):
             return self._layer_by_layer(input)
-        return self._fused(input, parameters)
-
-    def _fused(self, input: Tensor, parameters: Parameters) -> Tensor:
-        """``forward`` where no layer has to be called, but for a norm."""
-        norm = norm_of(submodule(self, "spatial"))
-        if norm is None:
-            return functional.cbam(input, *parameters)
-        if _why_norm_is_called(norm) is None:
-            if not norm.training:
-                return functional.cbam(input, *_fold(norm, parameters))
-            if functional.use_kernels(input):
-                try:
-                    output = ops.around_batch_norm(norm, input, *parameters)
-                except RuntimeError:
-                    check_arguments(input, *parameters)
-                    raise
-                if output is not None:
-                    return output
-        channel_gate, logits, carriers = _logits(input, parameters)
-        return _apply_gates(input, channel_gate, call(norm, logits), carriers)
+        return _fused(input, parameters, norm_of(submodule(self, "spatial")))
 
     def _layer_by_layer(self, input: Tensor) -> Tensor:
         """``forward`` where a layer has to be called."""
@@ -325,6 +306,25 @@ class Residual(nn.Module):
         return input + self.cbam(input)
 
 
+def _fused(input: Tensor, parameters: Parameters, norm: Any) -> Tensor:
+    """``CBAM.forward`` where no layer has to be called, but for a norm that may be."""
+    if norm is None:
+        return functional.cbam(input, *parameters)
+    if _why_norm_is_called(norm) is None:
+        if not norm.training:
+            return functional.cbam(input, *_fold(norm, parameters))
+        if functional.use_kernels(input):
+            try:
+                output = ops.around_batch_norm(norm, input, *parameters)
+            except RuntimeError:
+                check_arguments(input, *parameters)
+                raise
+            if output is not None:
+                return output
+    channel_gate, logits, carriers = _logits(input, parameters)
+    return _apply_gates(input, channel_gate, call(norm, logits), carriers)
+
+
 def _logits(
     input: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
@@ -374,12 +374,13 @@ def _why_gate_is_called(gate: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def _why_norm_is_called(norm: nn.Module) -> str | None:
     """Why ``norm`` is no BatchNorm that nobody would miss if it were not called."""
-    if torch.compiler.is_compiling() or not is_exactly(norm, nn.BatchNorm2d):
-        # With the statistics of training behind it, SyncBatchNorm asks no other process.
-        synchronised = type(norm) is nn.SyncBatchNorm and not norm.training
-        reason = why_called(norm, nn.SyncBatchNorm if synchronised else nn.BatchNorm2d)
-        if reason is not None:
-            return reason
+    if not torch.compiler.is_compiling() and is_quickly_read(norm):
+        return None
+    # With the statistics of training behind it, SyncBatchNorm asks no other process.
+    synchronised = type(norm) is nn.SyncBatchNorm and not norm.training
+    reason = why_called(norm, nn.SyncBatchNorm if synchronised else nn.BatchNorm2d)
+    if reason is not None:
+        return reason
     mean, variance = buffer(norm, "running_mean"), buffer(norm, "running_var")
     if not norm.training and (mean is None or variance is None):
         return "has no running statistics"
