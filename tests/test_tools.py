@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import Chain
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -31,45 +32,11 @@ TOLERANCE = {"rtol": 1e-7, "atol": 1e-8}
 TOLERANCE_OF_FLOATS = {"rtol": 1e-4, "atol": 1e-5}
 
 
-class PlainChannel(nn.Module):
-    """The channel gate as everybody writes it."""
-
-    def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = fc1, fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        average = self.fc2(F.relu(self.fc1(x.mean((2, 3)))))
-        maximum = self.fc2(F.relu(self.fc1(x.flatten(2).max(2)[0])))
-        return torch.sigmoid(average + maximum)[:, :, None, None]
-
-
-class PlainSpatial(nn.Module):
-    """The spatial gate as everybody writes it."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module | None) -> None:
-        super().__init__()
-        self.conv, self.norm = conv, norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.conv(torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1))
-        if self.norm is not None:
-            logits = self.norm(logits)
-        return torch.sigmoid(logits)
-
-
-class PlainCBAM(nn.Module):
+class PlainCBAM(Chain):
     """The plain chain with copies of the layers of ``ours``."""
 
     def __init__(self, ours: cbam_ext.CBAM) -> None:
-        super().__init__()
-        channel, spatial = copy.deepcopy((ours.channel, ours.spatial))
-        self.channel = PlainChannel(channel.fc1, channel.fc2)
-        self.spatial = PlainSpatial(spatial.conv, spatial.norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.channel(x)
-        return x * self.spatial(x)
+        super().__init__(copy.deepcopy(ours))
 
 
 class Net(nn.Module):
