@@ -15,8 +15,9 @@ versions=("$@")
 cd "$(dirname "$0")/.."
 root=$PWD
 # Tests of the operator and the module: nothing that builds the package, or needs smp.
-core=(abi autocast autograd compile determinism errors export gradients leaks module module_norm
-  processes properties random registration transforms values)
+core=(abi attention autocast autograd compile determinism errors export gradients layers
+  layers_called layers_elsewhere leaks module module_norm pieces processes properties random
+  registration transforms values)
 core=("${core[@]/%/.py}")
 core=("${core[@]/#/tests/test_}")
 
