@@ -245,8 +245,6 @@ def call(layer: nn.Module, input: Tensor) -> Tensor:
 
 def with_own_buffers(module: nn.Module) -> nn.Module:
     """A twin of ``module`` with its parameters and hooks, and buffers that nobody else sees."""
-    if parametrize._cache_enabled and parametrize.is_parametrized(module):
-        return module  # cached weights go by the id of their module, which a twin leaves to others
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._buffers = {name: _clone(buffer) for name, buffer in module._buffers.items()}
