@@ -181,10 +181,10 @@ def _like_output(input: Tensor) -> Tensor:
         return input.new_empty(input.shape).contiguous(
             memory_format=torch.channels_last if last else torch.contiguous_format
         )
-    native = channels_last or input.is_contiguous()
-    return torch.empty_like(
-        input, memory_format=torch.preserve_format if native else torch.contiguous_format
-    )
+    if channels_last or input.is_contiguous():
+        # Strides of dimensions of size 1 too, which empty_like of a fake tensor does not keep.
+        return input.new_empty_strided(input.shape, input.stride())
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def _like_gates(input: Tensor) -> tuple[Tensor, Tensor]:
