@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _pieces, functional
-from ._layers import call, submodule
+from ._layers import call
 
 
 class ChannelGate(nn.Module):
@@ -78,7 +78,7 @@ class SpatialGate(nn.Module):
 
 def channel_gate(channel: nn.Module, pooled: Tensor) -> Tensor:
     """The gate ``[N, C, 1, 1]`` from average and maximum over the pixels, ``[N, 2, C]``."""
-    fc1, fc2 = submodule(channel, "fc1"), submodule(channel, "fc2")
+    fc1, fc2 = channel.fc1, channel.fc2
 
     def mlp(values: Tensor) -> Tensor:
         return call(fc2, F.relu(call(fc1, values)))
@@ -90,13 +90,11 @@ def channel_gate(channel: nn.Module, pooled: Tensor) -> Tensor:
 
 def spatial_logits(spatial: nn.Module, stats: Tensor) -> Tensor:
     """The logits ``[N, 1, H, W]`` from average and maximum over the channels, ``[N, 2, H, W]``."""
-    logits = call(submodule(spatial, "conv"), stats)
+    logits = call(spatial.conv, stats)
     norm = norm_of(spatial)
     return logits if norm is None else call(norm, logits)
 
 
 def norm_of(spatial: nn.Module) -> Any:
     """The norm of the logits; None where there is none."""
-    if "norm" in spatial._modules:
-        return spatial._modules["norm"]
     return getattr(spatial, "norm", None)

@@ -38,7 +38,6 @@ _ONE = (1, 1)
 # is what it would be in each of two calls. Of others nobody knows whether they count or draw.
 _PURE = (parametrizations._WeightNorm, parametrizations._Orthogonal)
 
-_STRIDED = torch.strided
 _PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
 
 
@@ -197,39 +196,24 @@ def are_watched() -> bool:
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the operator can take ``tensors`` for the numbers that they are."""
-    if not _PLAIN.issuperset(map(type, tensors)):
-        for tensor in tensors:
-            if type(tensor) not in _PLAIN and not _behaves_plainly(type(tensor)):
-                return False
-    for tensor in tensors:  # noqa: SIM110 (a generator takes as long as all of this)
-        if tensor is not None and not are_numbers(tensor):
-            return False
-    return True
-
-
-def are_numbers(tensor: Tensor | None) -> bool:
-    """Whether the operator reads what is in ``tensor``."""
-    return tensor is not None and tensor.dtype in DTYPES and tensor.layout is _STRIDED
-
-
-def submodule(module: nn.Module, name: str) -> nn.Module:
-    """``module.name``, which nn.Module finds after all else, at two microseconds a time."""
-    if name in module._modules:
-        return module._modules[name]
-    return getattr(module, name)
+    return all(
+        tensor is None
+        or (
+            (type(tensor) in _PLAIN or _behaves_plainly(type(tensor)))
+            and tensor.dtype in DTYPES
+            and tensor.layout is torch.strided
+        )
+        for tensor in tensors
+    )
 
 
 def parameter(layer: nn.Module, name: str) -> Tensor | None:
-    """``layer.name``. It may be elsewhere than parameters are, as a weight that is parametrized."""
+    """``layer.name``, from where parameters are held: torch.fx would make a Proxy of the attribute.
+
+    It may be elsewhere, as a weight that is parametrized.
+    """
     if name in layer._parameters:
         return layer._parameters[name]
-    return getattr(layer, name)
-
-
-def buffer(layer: nn.Module, name: str) -> Tensor | None:
-    """``layer.name`` for a buffer, likewise."""
-    if name in layer._buffers:
-        return layer._buffers[name]
     return getattr(layer, name)
 
 

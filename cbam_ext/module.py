@@ -17,7 +17,6 @@ from ._layers import (
     are_of_one_mlp,
     are_plain,
     are_watched,
-    buffer,
     call,
     has_hooks,
     has_own_forward,
@@ -25,7 +24,6 @@ from ._layers import (
     parameter,
     read_quickly,
     slides_as_built,
-    submodule,
     why_called,
     with_own_buffers,
 )
@@ -119,24 +117,23 @@ class CBAM(nn.Module):
         parameters = self._read_layers()
         if isinstance(parameters, str):
             return self._layer_by_layer(input)
-        return _fused(input, parameters, norm_of(submodule(self, "spatial")))
+        return _fused(input, parameters, norm_of(self.spatial))
 
     def _layer_by_layer(self, input: Tensor) -> Tensor:
         """``forward`` where a layer has to be called."""
         check_input(input)
-        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
-        if _why_gate_is_called(channel, ChannelGate) or _why_gate_is_called(spatial, SpatialGate):
-            refined = channel(input) * input.to(reference.accumulator_dtype(input.dtype))
-            return (spatial(refined) * refined).to(input.dtype)
+        if self._why_gates_are_called() is not None:
+            refined = self.channel(input) * input.to(reference.accumulator_dtype(input.dtype))
+            return (self.spatial(refined) * refined).to(input.dtype)
         channel_gate, logits, carriers = self._called_logits(input)
         return _pieces.apply_gates(input, channel_gate, logits, carriers)
 
     def _called_logits(self, input: Tensor) -> tuple[Tensor, Tensor, _pieces.Carriers]:
         """Channel gate and normalised logits of the spatial gate, from calls of all layers."""
         pooled, carriers = _pieces.pool(input, functional.use_kernels(input))
-        gate = channel_gate(submodule(self, "channel"), pooled)
+        gate = channel_gate(self.channel, pooled)
         stats, carriers = _pieces.channel_stats(input, gate, carriers)
-        return gate, spatial_logits(submodule(self, "spatial"), stats), carriers
+        return gate, spatial_logits(self.spatial, stats), carriers
 
     def _symbolic(self, input: torch.fx.Proxy) -> torch.fx.Proxy:
         """``forward`` for torch.fx: one node that calls this module, which keeps all that it has.
@@ -148,7 +145,7 @@ class CBAM(nn.Module):
         if name:
             return input.tracer.create_proxy("call_module", name, (input,), {})
         parameters = self._read_layers()
-        if isinstance(parameters, str) or norm_of(submodule(self, "spatial")) is not None:
+        if isinstance(parameters, str) or norm_of(self.spatial) is not None:
             return self._plain(input)
         return functional.cbam(input, *parameters)
 
@@ -191,7 +188,7 @@ class CBAM(nn.Module):
         if isinstance(parameters, str):
             check_input(input)
             return with_own_buffers(self)._called_gates(input)
-        norm = norm_of(submodule(self, "spatial"))
+        norm = norm_of(self.spatial)
         if norm is None:
             return functional.gates(input, *parameters)
         if _why_norm_is_called(norm) is None and not norm.training:
@@ -200,10 +197,9 @@ class CBAM(nn.Module):
         return channel_gate, torch.sigmoid(call(with_own_buffers(norm), logits))
 
     def _called_gates(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
-        if _why_gate_is_called(channel, ChannelGate) or _why_gate_is_called(spatial, SpatialGate):
-            gate = channel(input)
-            return gate, spatial(gate * input.to(reference.accumulator_dtype(input.dtype)))
+        if self._why_gates_are_called() is not None:
+            gate = self.channel(input)
+            return gate, self.spatial(gate * input.to(reference.accumulator_dtype(input.dtype)))
         gate, logits, _ = self._called_logits(input)
         return gate, torch.sigmoid(logits)
 
@@ -227,7 +223,7 @@ class CBAM(nn.Module):
         parameters = self._read_layers()
         if isinstance(parameters, str):
             return f"layers are called: {parameters}"
-        norm = norm_of(submodule(self, "spatial"))
+        norm = norm_of(self.spatial)
         reason = None if norm is None else _why_norm_is_called(norm)
         return None if reason is None else f"the norm is called: spatial.norm {reason}"
 
@@ -247,20 +243,22 @@ class CBAM(nn.Module):
             return read_quickly(channel, spatial)
         return None
 
+    def _why_gates_are_called(self) -> str | None:
+        """Why the gates are called as modules and not only looked into for their layers."""
+        reason = _why_gate_is_called(self.channel, ChannelGate)
+        if reason is not None:
+            return f"channel {reason}"
+        reason = _why_gate_is_called(self.spatial, SpatialGate)
+        return None if reason is None else f"spatial {reason}"
+
     def _read_layers(self) -> Parameters | str:
         """Weights and biases of the layers, or why the layers have to be called instead."""
         if are_watched():
             return "all modules have hooks"
-        channel, spatial = submodule(self, "channel"), submodule(self, "spatial")
-        for name, gate, kind in (
-            ("channel", channel, ChannelGate),
-            ("spatial", spatial, SpatialGate),
-        ):
-            reason = _why_gate_is_called(gate, kind)
-            if reason is not None:
-                return f"{name} {reason}"
-        fc1, fc2 = submodule(channel, "fc1"), submodule(channel, "fc2")
-        conv = submodule(spatial, "conv")
+        reason = self._why_gates_are_called()
+        if reason is not None:
+            return reason
+        fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
         reason = why_called(fc1, nn.Linear)
         if reason is not None:
             return f"channel.fc1 {reason}"
@@ -270,10 +268,8 @@ class CBAM(nn.Module):
         reason = why_called(conv, nn.Conv2d)
         if reason is not None:
             return f"spatial.conv {reason}"
-        parameters = (
-            *(parameter(fc1, "weight"), parameter(fc1, "bias")),
-            *(parameter(fc2, "weight"), parameter(fc2, "bias")),
-            *(parameter(conv, "weight"), parameter(conv, "bias")),
+        parameters = tuple(
+            parameter(layer, name) for layer in (fc1, fc2, conv) for name in ("weight", "bias")
         )
         if not are_plain(parameters):
             return "a parameter is no plain tensor"
@@ -364,7 +360,7 @@ def _make_norm(
 
 
 def _why_gate_is_called(gate: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a gate is called as a module and not only looked into for its layers."""
+    """Why ``gate`` is not exactly a ``kind``."""
     if type(gate) is not kind:
         return f"is a {type(gate).__name__}"
     if has_hooks(gate):
@@ -381,10 +377,10 @@ def _why_norm_is_called(norm: nn.Module) -> str | None:
     reason = why_called(norm, nn.SyncBatchNorm if synchronised else nn.BatchNorm2d)
     if reason is not None:
         return reason
-    mean, variance = buffer(norm, "running_mean"), buffer(norm, "running_var")
+    mean, variance = norm.running_mean, norm.running_var
     if not norm.training and (mean is None or variance is None):
         return "has no running statistics"
-    if not are_plain((parameter(norm, "weight"), parameter(norm, "bias"), mean, variance)):
+    if not are_plain((norm.weight, norm.bias, mean, variance)):
         return "holds no plain tensors"
     return None
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from chains import Chain
 from samples import assert_close, draw_like
 from torch import Tensor, nn
 
@@ -23,15 +24,6 @@ NORMS = {
 }
 # Batch statistics amplify rounding of the logits by 1 / their deviation.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-
-
-def composite(module: cbam_ext.CBAM, x: Tensor) -> Tensor:
-    """The authors' code from plain PyTorch layers, in the dtype of the module's parameters."""
-    pooled = [x.mean((2, 3)), x.flatten(2).max(2).values]
-    hidden = [module.channel.fc2(torch.relu(module.channel.fc1(p))) for p in pooled]
-    x = x * torch.sigmoid(hidden[0] + hidden[1])[..., None, None]
-    stats = torch.stack([x.mean(1), x.max(1).values], 1)
-    return x * torch.sigmoid(module.spatial.norm(module.spatial.conv(stats)))
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> cbam_ext.CBAM:
@@ -77,7 +69,7 @@ def test_values_gradients_and_statistics(
     x.requires_grad_()
     exact_x = x.detach().double().contiguous().requires_grad_()
 
-    output, expected = module(x), composite(exact, exact_x)
+    output, expected = module(x), Chain(exact)(exact_x)
     found = torch.autograd.grad(output, [x, *module.parameters()], upstream)
     wanted = torch.autograd.grad(expected, [exact_x, *exact.parameters()], upstream.double())
 
@@ -109,7 +101,7 @@ def test_training_with_odd_strides(view: str, generator: torch.Generator) -> Non
         case "expanded gradient":
             upstream = upstream[:1, :1, :1, :1].expand(x.shape)
     results = []
-    for call in (module, lambda t: composite(module, t)):
+    for call in (module, lambda t: Chain(module)(t)):
         leaf = x.detach().requires_grad_()
         output = call(leaf)
         gradients = torch.autograd.grad(output, [leaf, *module.parameters()], upstream)
@@ -143,7 +135,7 @@ def test_training_with_frozen_parts(frozen: str, generator: torch.Generator) -> 
             t.requires_grad_(train)
     wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
     found = torch.autograd.grad(module(x), wanted, upstream)
-    expected = torch.autograd.grad(composite(module, x), wanted, upstream)
+    expected = torch.autograd.grad(Chain(module)(x), wanted, upstream)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
@@ -203,7 +195,7 @@ def test_half_models(
     output = module(x)
     assert output.dtype == torch.bfloat16
     # A bfloat16 norm rounds the logits once on the way in and once on the way out.
-    close(output, composite(exact, x.detach().double()), 0.03, "output")
+    close(output, Chain(exact)(x.detach().double()), 0.03, "output")
     output.float().square().sum().backward()
     for parameter in module.parameters():
         assert parameter.grad is not None
@@ -214,7 +206,7 @@ def test_half_models(
 def test_folding_costs_a_half_model_no_accuracy(generator: torch.Generator) -> None:
     module = build("BatchNorm2d").bfloat16().eval()
     x = torch.randn(4, 9, 7, 6, generator=generator).bfloat16()
-    expected = composite(copy.deepcopy(module).double(), x.double())
+    expected = Chain(copy.deepcopy(module).double())(x.double())
     assert_close(module(x).detach(), expected.detach(), "output")
 
 
