@@ -275,10 +275,6 @@ void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const 
 
 // ------------------------------------------------------------------------------------- host
 
-void clear_counters(Launcher& launcher, const Problem& p, unsigned* counters) {
-  if (p.n > 0) launcher.clear(counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
-}
-
 template <class S, Layout layout, int W>
 void backward(const BackwardArgs& args, const Plan& plan, const Queue& queue) {
   using A = Acc<S>;
@@ -286,7 +282,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Queue& queue) {
   Arena arena(queue.workspace);
   const BackwardMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  clear_counters(launcher, p, memory.sweeps.counters);
+  launcher.clear(memory.sweeps.counters, p.n);
   const bool sweeps_again = args.mlp_grads || args.grad_input != nullptr;
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
     const Chunk<S, layout, W> chunk(p, plan, memory.sweeps, launcher, first, args.input,
@@ -313,7 +309,7 @@ void channel_stats_backward(const ChannelStatsBackwardArgs& args, const Plan& pl
   Arena arena(queue.workspace);
   const SweepMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  clear_counters(launcher, p, memory.counters);
+  launcher.clear(memory.counters, p.n);
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
     const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
                                     args.channel_gate);
@@ -333,7 +329,7 @@ void pool_backward(const PoolBackwardArgs& args, const Plan& plan, const Queue& 
   Arena arena(queue.workspace);
   const SweepMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  clear_counters(launcher, p, memory.counters);
+  launcher.clear(memory.counters, p.n);
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
     const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
                                     args.channel_gate);

@@ -142,10 +142,6 @@ T* advance(T* pointer, int64_t count) {
   return pointer == nullptr ? nullptr : pointer + count;
 }
 
-void clear_counters(Launcher& launcher, const Problem& p, unsigned* counters) {
-  launcher.clear(counters, p.n * static_cast<int64_t>(sizeof(unsigned)));
-}
-
 template <class S, Layout layout, int W>
 void forward(const ForwardArgs& args, const Plan& plan, const Queue& queue) {
   using A = Acc<S>;
@@ -154,7 +150,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Queue& queue) {
   Arena arena(queue.workspace);
   const ForwardMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  clear_counters(launcher, p, memory.pool.counters);
+  launcher.clear(memory.pool.counters, p.n);
 
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
     const Chunk<S, layout, W> chunk(p, plan, launcher, args.input, first);
@@ -195,7 +191,7 @@ void pool(const PoolArgs& args, const Plan& plan, const Queue& queue) {
   Arena arena(queue.workspace);
   const PoolMemory<A> memory(arena, p, plan);
   Launcher launcher(queue);
-  clear_counters(launcher, p, memory.counters);
+  launcher.clear(memory.counters, p.n);
   for (int64_t first = 0; first < p.n; first += plan.chunk) {
     MlpForward<S> pooled_maps{};
     pooled_maps.pooled = static_cast<A*>(args.pooled) + first * 2 * p.c;

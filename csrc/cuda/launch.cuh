@@ -20,9 +20,11 @@ class Launcher {
  public:
   explicit Launcher(const Queue& queue) : queue_(queue) {}
 
-  // Zeroes memory before the next launch.
-  void clear(void* memory, int64_t bytes) {
-    check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), queue_.stream), "cudaMemsetAsync");
+  // Zeroes counters before the next launch; of an empty batch there are none.
+  void clear(unsigned* counters, int64_t count) {
+    if (count == 0) return;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
+    check(cudaMemsetAsync(counters, 0, bytes, queue_.stream), "cudaMemsetAsync");
     after_kernel_ = false;
   }
 
