@@ -58,7 +58,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(VENV)/.settings $(SOURCES) setup.py pyproject.toml \
-                cbam_ext/_build.py cbam_ext/_compile.py
+                cbam_ext/building/decisions.py cbam_ext/building/compile.py
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 

@@ -11,18 +11,27 @@ import sys
 import types
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
 def import_build_code() -> types.ModuleType:
-    """Import cbam_ext/_compile.py without running cbam_ext/__init__.py, which wants torch."""
+    """Import cbam_ext/building/compile.py, not cbam_ext/__init__.py, which wants torch."""
     package = types.ModuleType("cbam_ext_build")
     package.__path__ = [str(ROOT / "cbam_ext")]
     sys.modules[package.__name__] = package
-    return importlib.import_module("cbam_ext_build._compile")
+    return importlib.import_module("cbam_ext_build.building.compile")
+
+
+def packages() -> list[str]:
+    """The package, and the sources, so that cbam_ext.load() can compile them where it is."""
+    sources = find_namespace_packages(str(ROOT / "csrc"))
+    return [
+        *find_packages(str(ROOT), include=["cbam_ext", "cbam_ext.*"]),
+        *("cbam_ext.csrc" + (f".{folder}" if folder else "") for folder in ("", *sources)),
+    ]
 
 
 def build_options() -> dict:
@@ -48,4 +57,8 @@ try:
     options = build_options()
 except RuntimeError as error:
     sys.exit(f"cbam_ext: {error}")
-setup(**options)
+setup(
+    packages=packages(),
+    package_dir={"cbam_ext": "cbam_ext", "cbam_ext.csrc": "csrc"},
+    **options,
+)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import cbam_ext
-from cbam_ext._timing import settle_allocator
+from cbam_ext.cost.timing import settle_allocator
 
 from . import report
 from .baselines import MODULES, NEEDS, NORM_MODULES
@@ -23,7 +23,7 @@ def main() -> None:
     options = _parse()
     device = torch.device(options.device)
     if not cbam_ext.ops.has_kernels(device.type):
-        sys.exit(f"python -m bench: {cbam_ext._library.no_kernel_reason(device.type)}")
+        sys.exit(f"python -m bench: {cbam_ext.building.library.no_kernel_reason(device.type)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     known = NORM_MODULES if options.norm else MODULES

@@ -19,7 +19,7 @@
 #   build         the libraries, in place
 #   [ kernels     registers, spills, vector loads of the machine code
 #     tests       the whole suite on the GPU
-#     repeats graphs streams sizes            parts of tests/test_cuda.py
+#     repeats graphs streams sizes            parts of tests/cuda/test_cuda.py
 #     memcheck racecheck initcheck synccheck  bench/exercise.py under compute-sanitizer
 #     warmup ]    what torch.compile needs for the benchmark, compiled ahead
 #   large         tensors around 2^31 elements
@@ -117,7 +117,7 @@ step_build() {
     say_and_run "$python" setup.py build_ext --inplace
   else
     echo "no pybind11: the libraries are built without the module that knows facts of the build"
-    say_and_run "$python" -m cbam_ext._compile "$work/libraries" &&
+    say_and_run "$python" -m cbam_ext.building.compile "$work/libraries" &&
       say_and_run cp "$work"/libraries/cbam_ext/*.so cbam_ext/
   fi || return
   say_and_run "$python" -m cbam_ext
@@ -136,7 +136,7 @@ files_to_ignore() {
   "$python" - << 'END'
 import ast, importlib.util, pathlib, sys
 sys.path.insert(0, "tests")
-for path in sorted(pathlib.Path("tests").glob("test_*.py")):
+for path in sorted(pathlib.Path("tests").rglob("test_*.py")):
     for node in ast.parse(path.read_text()).body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -150,7 +150,7 @@ END
 }
 
 step_tests() {
-  local options=(--ignore=tests/test_cuda.py --durations=10) ignored selection=cuda
+  local options=(--ignore=tests/cuda/test_cuda.py --durations=10) ignored selection=cuda
   mapfile -t ignored < <(files_to_ignore)
   # Many processes share the GPU; each takes some hundred megabytes of it.
   if "$python" -c 'import xdist' 2> /dev/null; then
@@ -166,7 +166,7 @@ gpu_tests() {
     "$python" -c 'import cbam_ext; assert cbam_ext.ops.has_kernels("cuda"), "no CUDA kernels"' ||
       return
   fi
-  run_pytest tests/test_cuda.py -rs -k "$1"
+  run_pytest tests/cuda/test_cuda.py -rs -k "$1"
 }
 
 step_repeats() { gpu_tests repeats; }

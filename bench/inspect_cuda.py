@@ -30,9 +30,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbam_ext import _build
+from cbam_ext.building import decisions, library
 
-LIBRARY = Path(_build.__file__).parent / "libcbam_cuda.so"
+LIBRARY = library.PACKAGE / library.CUDA_LIBRARY
 
 # The kernels that walk over feature maps, in the variants that move 16 bytes at once: their last
 # template argument is the number of elements in 16 bytes. float64 is there for checks of gradients,
@@ -103,7 +103,7 @@ class Kernel:
 def find_cuobjdump() -> Path:
     """The toolkit's, the one on PATH, or the one that Triton carries."""
     looked_at = []
-    toolkit, _ = _build.find_toolkit()
+    toolkit, _ = decisions.find_toolkit()
     if toolkit:
         looked_at.append(toolkit.home / "bin")
     found = shutil.which("cuobjdump")
@@ -123,11 +123,16 @@ def find_cuobjdump() -> Path:
 
 def compile_source(source: Path, archs: tuple[str, ...], folder: Path) -> Path:
     """The machine code of one .cu file, made with the flags of the build."""
-    toolkit, missing = _build.find_toolkit()
+    toolkit, missing = decisions.find_toolkit()
     if toolkit is None:
         raise InspectionError(f"no CUDA toolkit: {missing}")
     target = folder / f"{source.stem}.fatbin"
-    command = [str(toolkit.nvcc), "-std=c++17", *_build.NVCC_FLAGS, *_build.gencode_flags(archs)]
+    command = [
+        str(toolkit.nvcc),
+        "-std=c++17",
+        *decisions.NVCC_FLAGS,
+        *decisions.gencode_flags(archs),
+    ]
     command += ["--threads=0", f"-I{toolkit.include}", *_torch_includes()]
     done = subprocess.run(
         [*command, "-fatbin", str(source), "-o", str(target)],
@@ -283,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
                 source = file.suffix == ".cu"
                 binary = compile_source(file, options.archs, Path(folder)) if source else file
                 kernels += read(binary, cuobjdump)
-    except (InspectionError, _build.BuildError) as error:
+    except (InspectionError, decisions.BuildError) as error:
         print(f"inspect_cuda: {error}", file=sys.stderr)
         return 2
     readable = demangle([kernel.name for kernel in kernels])

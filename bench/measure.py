@@ -10,7 +10,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from cbam_ext._timing import SavedForBackward, Stopwatch, median_ratios, stopwatch
+from cbam_ext.cost.timing import SavedForBackward, Stopwatch, median_ratios, stopwatch
 
 # Stages of ResNets and of smp's decoders.
 SHAPES = (

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import cbam_ext
-from cbam_ext._timing import device_name
+from cbam_ext.cost.timing import device_name
 
 from .measure import DIRECTIONS, FEWEST_PASSES, STREAMING_PASSES, Row
 

@@ -10,16 +10,15 @@ everything runs as plain PyTorch. ``python -m cbam_ext`` tells what was found.
 
 from __future__ import annotations
 
-from . import _library, ops, reference
-from ._flops import fvcore_handles
+from . import loading, reference
 from ._version import __version__
-from .aten import decompositions
 from .conversion import convert, load_peer_state_dict, to_plain
 from .cost import compare_costs, measure_cost
+from .export import decompositions, onnx_translation_table
 from .functional import cbam
-from .jit import load
+from .loading import load
 from .module import CBAM, Residual
-from .onnx import onnx_translation_table
+from .ops import fvcore_handles
 from .visualization import visualize
 
 __all__ = [
@@ -40,8 +39,4 @@ __all__ = [
     "visualize",
 ]
 
-_library.load()
-if _library.is_loaded():
-    ops.register()
-else:
-    ops.explain_absence()
+loading.load_installed()

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _library, ops, reference
-from ._checks import check_arguments
+from . import ops, reference
+from .building import library
+from .reference import check_arguments
+
+T = TypeVar("T")
+
+# What the parts below hand on for their backward; None: plain PyTorch from there on.
+Carriers = ops.Carriers
 
 _warned: set[str] = set()
 
@@ -66,16 +75,9 @@ def cbam(
         torch.Size([2, 32, 8, 8])
     """
     arguments = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    if not use_kernels(input):
-        if not isinstance(input, Tensor) and has_torch_function(arguments):  # a Proxy of torch.fx
-            return handle_torch_function(cbam, arguments, *arguments)
-        return reference.cbam(*arguments)
-    try:
-        return ops.cbam(*arguments)
-    except RuntimeError:
-        # Checking only after a failure keeps the checks off the path of every successful call.
-        check_arguments(*arguments)
-        raise
+    if not isinstance(input, Tensor) and has_torch_function(arguments):  # a Proxy of torch.fx
+        return handle_torch_function(cbam, arguments, *arguments)
+    return _run(ops.cbam, reference.cbam, arguments)
 
 
 def gates(
@@ -94,14 +96,71 @@ def gates(
         accumulator dtype (float64 for float64 input, else float32).
     """
     arguments = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    if not use_kernels(input):
-        check_arguments(*arguments)
-        channel_gate = reference.channel_gate(*arguments[:5])
-        logits = reference.spatial_logits(input, channel_gate, conv_weight, conv_bias)
-        return channel_gate, torch.sigmoid(logits)
+    return _run(ops.gates, reference.gates, arguments)
+
+
+# --------------------------------------------------------------------- parts, for the module alone
+
+
+def spatial_logits(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Carriers]:
+    """Channel gate, spatial logits and what :func:`apply_gates` wants for its backward."""
+    return _run(ops.spatial_logits, _plain_spatial_logits, (input, *parameters))
+
+
+def around_batch_norm(
+    norm: nn.BatchNorm2d, input: Tensor, *parameters: Tensor | None
+) -> Tensor | None:
+    """:func:`cbam` around a norm that trains, in one; None where the norm has to be called."""
+    return _run(partial(ops.around_batch_norm, norm), _no_output, (input, *parameters))
+
+
+def pool(input: Tensor) -> tuple[Tensor, Carriers]:
+    """Average and maximum over the pixels ``[N, 2, C]``, and carriers for the next."""
+    return ops.pool(input) if use_kernels(input) else (reference.pool(input), None)
+
+
+def channel_stats(
+    input: Tensor, channel_gate: Tensor, carriers: Carriers
+) -> tuple[Tensor, Carriers]:
+    """Average and maximum over the channels of the refined map ``[N, 2, H, W]``, and carriers."""
+    if carriers is None:
+        return reference.channel_stats(input, channel_gate), None
+    return ops.channel_stats(input, channel_gate, carriers)
+
+
+def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor, carriers: Carriers) -> Tensor:
+    """``sigmoid(logits) * channel_gate * input``, in the dtype of ``input``.
+
+    Carriers come from :func:`spatial_logits` or :func:`channel_stats`, None from plain PyTorch.
+    """
+    n, _, h, w = input.shape
+    # In plain PyTorch logits of another shape may broadcast.
+    if carriers is None or logits.shape != (n, 1, h, w):
+        return reference.apply_gates(input, channel_gate, logits)
+    return ops.apply_gates(input, channel_gate, logits, carriers)
+
+
+def _plain_spatial_logits(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    check_arguments(input, *parameters)
+    channel_gate = reference.channel_gate(input, *parameters[:4])
+    return channel_gate, reference.spatial_logits(input, channel_gate, *parameters[4:]), None
+
+
+def _no_output(*_: Tensor | None) -> None:
+    return None
+
+
+# --------------------------------------------------------------------------- kernels or reference
+
+
+def _run(kernels: Callable[..., T], plain: Callable[..., T], arguments: Sequence[Any]) -> T:
+    """Calls one of the two; errors are those of the reference's checks."""
+    if not use_kernels(arguments[0]):
+        return plain(*arguments)
     try:
-        return ops.gates(*arguments)
+        return kernels(*arguments)
     except RuntimeError:
+        # Checking only after a failure keeps the checks off the path of every successful call.
         check_arguments(*arguments)
         raise
 
@@ -116,9 +175,9 @@ def use_kernels(input: Tensor) -> bool:
     if device not in _warned and not torch.compiler.is_compiling():
         _warned.add(device)
         warnings.warn(
-            f"{_library.no_kernel_reason(device)} Until then CBAM runs as plain PyTorch: "
+            f"{library.no_kernel_reason(device)} Until then CBAM runs as plain PyTorch: "
             "the same results, but slower.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of the function that asks through _run()
         )
     return False

@@ -9,25 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _library, _pieces, functional, ops, reference
-from ._checks import check_arguments, check_input
-from ._gates import ChannelGate, SpatialGate, channel_gate, norm_of, spatial_logits
-from ._layers import (
+from . import functional, reference
+from .building import library
+from .layers import (
+    ChannelGate,
     Parameters,
+    SpatialGate,
     are_of_one_mlp,
     are_plain,
     are_watched,
     call,
+    channel_gate,
     has_hooks,
     has_own_forward,
     is_quickly_read,
+    norm_of,
     parameter,
     read_quickly,
     slides_as_built,
+    spatial_logits,
     why_called,
     with_own_buffers,
 )
-from ._pieces import is_spatial_map
+from .reference import check_input
 
 
 class CBAM(nn.Module):
@@ -126,13 +130,13 @@ class CBAM(nn.Module):
             refined = self.channel(input) * input.to(reference.accumulator_dtype(input.dtype))
             return (self.spatial(refined) * refined).to(input.dtype)
         channel_gate, logits, carriers = self._called_logits(input)
-        return _pieces.apply_gates(input, channel_gate, logits, carriers)
+        return functional.apply_gates(input, channel_gate, logits, carriers)
 
-    def _called_logits(self, input: Tensor) -> tuple[Tensor, Tensor, _pieces.Carriers]:
+    def _called_logits(self, input: Tensor) -> tuple[Tensor, Tensor, functional.Carriers]:
         """Channel gate and normalised logits of the spatial gate, from calls of all layers."""
-        pooled, carriers = _pieces.pool(input, functional.use_kernels(input))
+        pooled, carriers = functional.pool(input)
         gate = channel_gate(self.channel, pooled)
-        stats, carriers = _pieces.channel_stats(input, gate, carriers)
+        stats, carriers = functional.channel_stats(input, gate, carriers)
         return gate, spatial_logits(self.spatial, stats), carriers
 
     def _symbolic(self, input: torch.fx.Proxy) -> torch.fx.Proxy:
@@ -173,7 +177,7 @@ class CBAM(nn.Module):
     @property
     def _plain_in_script(self) -> bool:
         """A constant of the scripted module, so that one of the two ways is compiled."""
-        return not _library.is_loaded() or isinstance(self._read_layers(), str)
+        return not library.is_loaded() or isinstance(self._read_layers(), str)
 
     def attention(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of ``forward(input)``, differentiable as that is.
@@ -193,7 +197,7 @@ class CBAM(nn.Module):
             return functional.gates(input, *parameters)
         if _why_norm_is_called(norm) is None and not norm.training:
             return functional.gates(input, *_fold(norm, parameters))
-        channel_gate, logits, _ = _logits(input, parameters)
+        channel_gate, logits, _ = functional.spatial_logits(input, *parameters)
         return channel_gate, torch.sigmoid(call(with_own_buffers(norm), logits))
 
     def _called_gates(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,39 +313,11 @@ def _fused(input: Tensor, parameters: Parameters, norm: Any) -> Tensor:
     if _why_norm_is_called(norm) is None:
         if not norm.training:
             return functional.cbam(input, *_fold(norm, parameters))
-        if functional.use_kernels(input):
-            try:
-                output = ops.around_batch_norm(norm, input, *parameters)
-            except RuntimeError:
-                check_arguments(input, *parameters)
-                raise
-            if output is not None:
-                return output
-    channel_gate, logits, carriers = _logits(input, parameters)
-    return _apply_gates(input, channel_gate, call(norm, logits), carriers)
-
-
-def _logits(
-    input: Tensor, parameters: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Channel gate, spatial logits and what ties the two phases together in backward."""
-    if functional.use_kernels(input):
-        try:
-            return ops.spatial_logits(input, *parameters)
-        except RuntimeError:
-            check_arguments(input, *parameters)
-            raise
-    check_arguments(input, *parameters)
-    channel_gate = reference.channel_gate(input, *parameters[:4])
-    return channel_gate, reference.spatial_logits(input, channel_gate, *parameters[4:]), None
-
-
-def _apply_gates(
-    input: Tensor, channel_gate: Tensor, logits: Tensor, carriers: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    if carriers is None or not is_spatial_map(logits, input):
-        return reference.apply_gates(input, channel_gate, logits)
-    return ops.apply_gates(input, channel_gate, logits, carriers)
+        output = functional.around_batch_norm(norm, input, *parameters)
+        if output is not None:
+            return output
+    channel_gate, logits, carriers = functional.spatial_logits(input, *parameters)
+    return functional.apply_gates(input, channel_gate, call(norm, logits), carriers)
 
 
 def _make_norm(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _library
-from ._checks import DTYPES, MAX_CHANNELS
+from ._text import count, in_bytes, name_of
+from .building import library
+from .reference import DTYPES, MAX_CHANNELS
 
 # Larger than anything that exists, and small enough for sums and products in 64 bits.
 _MAX_BYTES = 2**50
@@ -162,17 +163,17 @@ class LaunchPlan:
         shape = "x".join(map(str, self.shape))
         gpu = self.gpu
         return (
-            f"{what} of {shape} {_name(self.dtype)}, {layout}, kernel size {self.kernel_size}\n"
-            f"  on {gpu.name}: {_count(gpu.multiprocessors, 'multiprocessor')}, "
-            f"L2 {_bytes(gpu.l2_bytes)}, shared memory {_bytes(gpu.shared_bytes)} a block"
+            f"{what} of {shape} {name_of(self.dtype)}, {layout}, kernel size {self.kernel_size}\n"
+            f"  on {gpu.name}: {count(gpu.multiprocessors, 'multiprocessor')}, "
+            f"L2 {in_bytes(gpu.l2_bytes)}, shared memory {in_bytes(gpu.shared_bytes)} a block"
         )
 
     def _chunks(self) -> str:
-        chunks = _count(self.chunks, "chunk")
+        chunks = count(self.chunks, "chunk")
         verdict = "which L2 holds" if self.fits_l2 else "more than L2 holds"
         maps = "x and dy" if self.backward else "x"
         return (
-            f"  {chunks} of up to {_count(self.chunk, 'sample')}: {_bytes(self.chunk_bytes)} of "
+            f"  {chunks} of up to {count(self.chunk, 'sample')}: {in_bytes(self.chunk_bytes)} of "
             f"{maps}, {verdict}"
         )
 
@@ -251,8 +252,8 @@ def launch_plan(
     n, c, h, w = shape
     # Where a tensor is both, the operators take the layout with the longer rows.
     last = h * w == 1 or (last and c > 1)
-    if not _library.is_loaded():
-        raise RuntimeError(_library.no_kernel_reason("cpu"))
+    if not library.is_loaded():
+        raise RuntimeError(library.no_kernel_reason("cpu"))
     question = [n, c, h, w, kernel_size, DTYPES.index(dtype), last, backward]
     device = [gpu.multiprocessors, gpu.l2_bytes, gpu.shared_bytes]
     answer = torch.ops.cbam._launch_plan(
@@ -271,7 +272,9 @@ def _check(
 ) -> None:
     """The library divides by these numbers and multiplies them."""
     if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {_name(dtype)}")
+        raise TypeError(
+            f"dtype must be float64, float32, bfloat16 or float16, got {name_of(dtype)}"
+        )
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(
             "memory_format must be torch.contiguous_format or torch.channels_last, "
@@ -291,20 +294,5 @@ def _check(
         raise ValueError(f"there is no such GPU: {gpu}")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
 def _passes(reads: int, writes: int) -> str:
-    return f"{_count(reads, 'read')} and {_count(writes, 'write')}"
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= size:
-            return f"{number / size:.1f}".removesuffix(".0") + f" {unit}"
-    return _count(number, "byte")
+    return f"{count(reads, 'read')} and {count(writes, 'write')}"

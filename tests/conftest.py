@@ -11,57 +11,17 @@ CBAM_TEST_DETERMINISTIC  1 runs everything under torch.use_deterministic_algorit
 from __future__ import annotations
 
 import os
-import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-# Through the environment the workers of a parallel run and the tests' own subprocesses inherit it.
-SEED = int(os.environ.setdefault("CBAM_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+import pytest
+import torch
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+pytest.register_assert_rewrite("support")  # before it is imported
 
-import cbam_ext  # noqa: E402  (loads the operators)
+import cbam_ext  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Backend:
-    """Where the operators under test live: a device, and a namespace with the operators of cbam."""
-
-    name: str
-    device: torch.device
-    namespace: str = "cbam"
-
-    @property
-    def ops(self) -> Any:
-        return getattr(torch.ops, self.namespace)
-
-    @property
-    def emulated(self) -> bool:
-        """Whether every call takes a hundred times longer than elsewhere."""
-        return self.name == "emulated"
-
-
-BACKENDS = {
-    "cpu": Backend("cpu", torch.device("cpu")),
-    "emulated": Backend("emulated", torch.device("cpu"), "cbam_emulated"),
-    "cuda": Backend("cuda", torch.device("cuda")),
-}
-
-
-def backends() -> list[Backend]:
-    """The backends of this run; the name of each stands in the ids of its tests."""
-    wish = os.environ.get("CBAM_TEST_BACKENDS", "")
-    names = {name for name in wish.replace(" ", "").split(",") if name}
-    if names - BACKENDS.keys():
-        raise pytest.UsageError(f"CBAM_TEST_BACKENDS={wish}: there are {', '.join(BACKENDS)}")
-    if not names:
-        names = {"cpu", "emulated"}
-        if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
-            names.add("cuda")
-    return [backend for name, backend in BACKENDS.items() if name in names]
+from support.backends import SEED, Backend, backends  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -136,7 +96,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         seed = seed_of(request)
         control.operators().set_order(control.ORDERS[seed % len(control.ORDERS)], seed)
     elif not cbam_ext.ops.has_kernels(backend.device.type):
-        pytest.fail(cbam_ext._library.no_kernel_reason(backend.device.type))
+        pytest.fail(cbam_ext.building.library.no_kernel_reason(backend.device.type))
     return backend
 
 

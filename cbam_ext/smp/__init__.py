@@ -21,6 +21,7 @@ Importing this module registers nothing and does not need smp.
 
 from __future__ import annotations
 
+from .options import import_smp as import_smp
 from .placement import add_cbam
 from .registration import prune_unused, register, unregister
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..module import CBAM
-from ._options import NORMS, import_smp, resolve_options
+from .options import NORMS, import_smp, resolve_options
 
 _PLACES = ("encoder", "skips", "bottleneck", "decoder")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..module import CBAM
 from . import placement
-from ._options import SMP, import_smp, resolve_options, smp_version
+from .options import SMP, import_smp, resolve_options, smp_version
 
 
 def register() -> None:

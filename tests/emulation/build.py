@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from cbam_ext import _build, _compile
+from cbam_ext.building import compile, decisions
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
@@ -105,7 +105,7 @@ def sanitizer_environment() -> dict[str, str]:
         libraries[0] = f"libclang_rt.asan-{os.uname().machine}.so"
     # The interpreter is not linked with libstdc++, and libasan wants to find its functions for
     # exceptions at once.
-    found = [_build.first_line([*compiler, f"-print-file-name={name}"]) for name in libraries]
+    found = [decisions.first_line([*compiler, f"-print-file-name={name}"]) for name in libraries]
     return {
         **os.environ,
         "CBAM_EMULATION_SANITIZE": "1",
@@ -150,7 +150,7 @@ def _build_library(library: _Library, sanitize: bool) -> Path:
 
 
 def _flags(library: _Library, sanitize: bool) -> list[str]:
-    flags = [f for f in _build.CXX_FLAGS if not f.startswith(("-O", "-g"))]
+    flags = [f for f in decisions.CXX_FLAGS if not f.startswith(("-O", "-g"))]
     flags += [*_FLAGS, *(_SANITIZED if sanitize else _FAST)]
     flags += [f"-I{HERE / 'include'}", f"-ffile-prefix-map={CHECKOUT}{os.sep}="]
     if library.torch:
@@ -184,7 +184,7 @@ def _run(command: Sequence[str]) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
     if done.returncode != 0:
-        raise _build.BuildError(
+        raise decisions.BuildError(
             f"the emulated kernels do not compile:\n{shlex.join(command)}\n{done.stdout}"
         )
     if done.stdout.strip():  # warnings
@@ -192,11 +192,11 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _compiler() -> list[str]:
-    return shlex.split(_compile.find_compiler())
+    return shlex.split(compile.find_compiler())
 
 
 def _compiler_version(compiler: Sequence[str]) -> str:
-    return _build.first_line([*compiler, "--version"])
+    return decisions.first_line([*compiler, "--version"])
 
 
 def _torch_folder() -> Path:

@@ -15,13 +15,14 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import samples  # noqa: E402
 import torch  # noqa: E402
-from samples import Arguments, Problem  # noqa: E402
 
 import cbam_ext  # noqa: E402
+
 from emulation import Emulation, build  # noqa: E402
 from emulation.control import ORDERS  # noqa: E402
+from support import samples  # noqa: E402
+from support.samples import Arguments, Problem  # noqa: E402
 
 SHAPES = [(1, 1, 1, 1), (2, 9, 5, 7), (3, 16, 4, 8), (2, 33, 9, 17), (1, 70, 12, 12)]
 

@@ -1,1 +1,0 @@
-"""What :mod:`cbam_ext.conversion` consists of."""

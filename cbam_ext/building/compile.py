@@ -1,0 +1,253 @@
+"""The compiling itself, with setuptools and torch's BuildExtension.
+
+setup.py builds an install with it. `cbam_ext.load()` runs it as a program in a process of its own
+(`python -m cbam_ext.building.compile FOLDER`), so that both ways produce the same libraries.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import _version
+from . import decisions
+from .decisions import BuildError, CudaPlan
+
+if TYPE_CHECKING:
+    from setuptools import Command, Extension
+
+MINIMUM_SETUPTOOLS = 77  # the first that understands this project's license field
+
+
+def check_requirements() -> None:
+    """Raise a BuildError unless torch and setuptools are there, new enough, without importing."""
+    wanted = ".".join(map(str, decisions.MINIMUM_TORCH))
+    command = "pip install --no-build-isolation ."
+    if importlib.util.find_spec("torch") is None:
+        raise BuildError(
+            "building needs torch in the environment that builds, and it is not there. "
+            f'Either let pip fetch it (pip install .), or: pip install "torch>={wanted}" '
+            f"&& {command}"
+        )
+    for package, minimum, spelled in (
+        ("torch", decisions.MINIMUM_TORCH, wanted),
+        ("setuptools", (MINIMUM_SETUPTOOLS,), str(MINIMUM_SETUPTOOLS)),
+    ):
+        version = importlib.metadata.version(package)
+        if decisions.version_tuple(version)[: len(minimum)] < minimum:
+            raise BuildError(
+                f"{package} {version} is too old, {spelled} or newer is needed: "
+                f'pip install -U "{package}>={spelled}" && {command}'
+            )
+
+
+def find_compiler(env: Mapping[str, str] = os.environ) -> str:
+    """The C++ compiler's command; a BuildError that names the package to install if none."""
+    chosen = env.get("CXX")
+    for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        if shutil.which(name.split()[0], path=env.get("PATH", "")):
+            return name
+    looked_for = f"CXX={chosen.split()[0]} does not exist" if chosen else "no C++ compiler on PATH"
+    raise BuildError(
+        f"{looked_for}. Install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ "
+        "(Fedora), conda install -c conda-forge gxx (conda), xcode-select --install (macOS)."
+    )
+
+
+def plan() -> CudaPlan:
+    """Decide about CUDA for the torch that is installed here, and make torch use that toolkit."""
+    import torch
+
+    decided = decisions.plan_cuda(torch.__version__, torch.version.cuda)
+    if decided.toolkit:
+        # torch guesses this folder from nvcc's path when cpp_extension is imported, which is wrong
+        # for wrapper scripts.
+        os.environ["CUDA_HOME"] = str(decided.toolkit.home)
+        from torch.utils import cpp_extension
+
+        cpp_extension.CUDA_HOME = str(decided.toolkit.home)
+    return decided
+
+
+def announce(decided: CudaPlan) -> None:
+    """One line on stderr that says what is about to be built."""
+    if decided.toolkit:
+        text = (
+            f"building CPU and CUDA kernels with CUDA {decided.toolkit.version} from "
+            f"{decided.toolkit.home} for {';'.join(decided.archs)}"
+        )
+    else:
+        text = f"building CPU kernels only: {decided.reason}"
+    print(f"cbam_ext: {text}", file=sys.stderr, flush=True)
+
+
+def build_info(decided: CudaPlan) -> dict[str, Any]:
+    """The facts of a build, kept with the libraries: what `_C.build_info()` returns."""
+    import torch
+
+    compiler = find_compiler()
+    return {
+        "version": _version.__version__,
+        "source_hash": decisions.source_hash(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": decisions.first_line([*compiler.split(), "--version"]),
+        "flags": " ".join(decisions.cxx_flags()),
+        "cuda": decided.toolkit.version if decided.toolkit else None,
+        "cuda_flags": " ".join(decisions.NVCC_FLAGS) if decided.toolkit else None,
+        "cuda_archs": list(decided.archs),
+    }
+
+
+def extensions(decided: CudaPlan, root: Path, *, python_module: bool) -> list[Extension]:
+    """The libraries to build, with sources relative to `root`; `_C` if `python_module`."""
+    found = [_library("cpu", decided, root)]
+    if decided.toolkit:
+        found.append(_library("cuda", decided, root))
+    if python_module:
+        import pybind11
+        from setuptools import Extension
+
+        found.append(
+            Extension(
+                "cbam_ext._C",
+                _relative("python", root),
+                include_dirs=[pybind11.get_include()],
+                extra_compile_args={"cxx": decisions.cxx_flags()},
+                language="c++",
+            )
+        )
+    return found
+
+
+def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    # Errors name our files by their place among the sources, not in the folder of the build.
+    cxx_flags = [
+        f"-ffile-prefix-map={decisions.source_dir().parent}{os.sep}=",
+        *decisions.cxx_flags(),
+    ]
+    options: dict[str, Any] = {
+        # Not a Python module: with this torch leaves its own Python bindings out of the link, so
+        # one library serves every CPython.
+        "py_limited_api": True,
+        "extra_compile_args": {"cxx": cxx_flags},
+        "extra_link_args": ["-Wl,--as-needed"] if sys.platform == "linux" else [],
+    }
+    if kind == "cuda":
+        assert decided.toolkit is not None
+        # CppExtension and not CUDAExtension, which links the CUDA runtime dynamically: the static
+        # one lets the torch that loads this library carry another CUDA.
+        options["libraries"] = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+        options["library_dirs"] = [str(decided.toolkit.library)]
+        options["extra_link_args"].append("-Wl,--exclude-libs,libcudart_static.a")
+        options["extra_compile_args"] = {
+            "cxx": [*cxx_flags, decisions.CUDA_FLAG, f"-idirafter{decided.toolkit.include}"],
+            "nvcc": [
+                *decisions.NVCC_FLAGS,
+                *decisions.gencode_flags(decided.archs),
+                f"--threads={_threads_per_source(decided.archs)}",
+                f'-DCBAM_CUDA_ARCHS="{" ".join(decided.archs)}"',
+            ],
+        }
+    return CppExtension(f"cbam_ext.libcbam_{kind}", _relative(kind, root), **options)
+
+
+def _threads_per_source(archs: tuple[str, ...], env: Mapping[str, str] = os.environ) -> int:
+    """Architectures that nvcc compiles at once: two big sources share the jobs that there are."""
+    jobs = env.get("MAX_JOBS", "")
+    available = int(jobs) if jobs.isdigit() else os.cpu_count() or 1
+    return max(1, min(len(archs), available // 2))
+
+
+def _relative(kind: str, root: Path) -> list[str]:
+    # setuptools wants paths relative to the folder that it runs in.
+    return [os.path.relpath(path, root) for path in decisions.sources(kind)]
+
+
+def build_command(decided: CudaPlan) -> type[Command]:
+    """The build_ext command: torch's, with our file names and the header of build facts."""
+    from setuptools.errors import CompileError
+    from torch.utils.cpp_extension import BuildExtension
+
+    if shutil.which("ninja") is None:
+        # In an environment that is used without being activated.
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+
+    class BuildLibraries(BuildExtension):
+        def get_ext_filename(self, ext_name: str) -> str:
+            *folders, name = ext_name.split(".")
+            if name.startswith("lib"):
+                return os.path.join(*folders, name + ".so")
+            return super().get_ext_filename(ext_name)
+
+        def run(self) -> None:
+            if decided.toolkit is None:
+                self._remove_cuda_library()
+            super().run()
+
+        def build_extensions(self) -> None:
+            os.environ["CXX"] = find_compiler()
+            announce(decided)
+            header = Path(self.build_temp, "build_info.h").absolute()
+            _write_header(header, build_info(decided))
+            for extension in self.extensions:
+                if extension.name.endswith("._C"):
+                    extension.include_dirs.append(str(header.parent))
+                    extension.depends.append(str(header))
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # from torch, with the compilers' output
+                raise CompileError(str(error)) from error
+
+        def _remove_cuda_library(self) -> None:
+            # One left over from an earlier build would be packed, or loaded, with this one.
+            folders = [Path(self.build_lib, "cbam_ext")]
+            if self.inplace or self.editable_mode:
+                folders.append(Path(__file__).parent.parent)
+            for folder in folders:
+                (folder / "libcbam_cuda.so").unlink(missing_ok=True)
+
+    return BuildLibraries
+
+
+def _write_header(path: Path, info: dict[str, Any]) -> None:
+    text = (
+        "// Written by the build: its facts as JSON, compiled into the Python module.\n"
+        f'#pragma once\nconstexpr char kBuildInfo[] = R"json({json.dumps(info, indent=1)})json";\n'
+    )
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def main(folder: Path) -> None:
+    """Build the libraries without the Python module into `folder`, and their facts beside them."""
+    from setuptools import setup
+
+    check_requirements()
+    decided = plan()
+    setup(
+        name="cbam_ext",
+        script_args=["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tmp")],
+        ext_modules=extensions(decided, Path.cwd(), python_module=False),
+        cmdclass={"build_ext": build_command(decided)},
+    )
+    # Last, so that its presence says that the build is complete.
+    (folder / "cbam_ext" / "build_info.json").write_text(json.dumps(build_info(decided), indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except BuildError as error:
+        sys.exit(f"cbam_ext: {error}")

@@ -1,0 +1,176 @@
+"""Finds and loads the compiled libraries, and knows why not.
+
+Nothing here raises: a missing part is a fact to report when it is first needed. Loading a second
+copy of the library would crash the process, so the operator itself is asked for before anything
+is opened.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import decisions
+
+PACKAGE = Path(__file__).resolve().parent.parent  # where the libraries lie
+CPU_LIBRARY = "libcbam_cpu.so"
+CUDA_LIBRARY = "libcbam_cuda.so"
+
+
+@dataclass
+class Status:
+    """What is loaded: paths of the libraries, facts of their build, and loaders' complaints."""
+
+    cpu: Path | None = None
+    cuda: Path | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    cpu_error: str = ""
+    cuda_error: str = ""
+
+
+_status = Status()
+
+
+def status() -> Status:
+    """What has been loaded so far."""
+    return _status
+
+
+def is_loaded() -> bool:
+    """Whether the operators exist in this process, whoever loaded them."""
+    # Not hasattr(torch.ops.cbam, ...): in the operator's absence a function that explains stands
+    # there. The dispatcher knows.
+    return len(torch._C._jit_get_schemas_for_operator("cbam::forward")) > 0
+
+
+def torch_has_cuda() -> bool:
+    """Whether this torch is a CUDA build (with or without a GPU in the machine)."""
+    return torch.version.cuda is not None and torch.backends.cuda.is_built()
+
+
+def load(folder: Path = PACKAGE, info: dict[str, Any] | None = None) -> None:
+    """Load the libraries in `folder`, unless the operators are there already; never raises."""
+    if is_loaded():
+        return
+    if decisions.version_tuple(torch.__version__)[:2] < decisions.MINIMUM_TORCH:
+        return  # the libraries would not find what they need; missing_reason() says so
+    _status.cpu, _status.cpu_error = _open(folder / CPU_LIBRARY)
+    if _status.cpu is None:
+        return
+    _status.info = _module_build_info() if info is None else info
+    if torch_has_cuda():
+        _status.cuda, _status.cuda_error = _open(folder / CUDA_LIBRARY)
+
+
+def _open(path: Path) -> tuple[Path | None, str]:
+    if not path.is_file():
+        return None, ""
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        # torch's own error hides the loader's, which tells more.
+        return None, f"{path} exists but does not load: {error.__cause__ or error}"
+    return path, ""
+
+
+def _module_build_info() -> dict[str, Any]:
+    try:
+        from .. import _C  # type: ignore[attr-defined]
+    except ImportError:  # built by another tool, or for another Python
+        return {}
+    return _C.build_info()
+
+
+# --- explanations --------------------------------------------------------------------------------
+
+
+def no_kernel_reason(device_type: str) -> str:
+    """Why the operators have no kernel for this type of device, and what to do about it."""
+    if device_type not in ("cpu", "cuda"):
+        return f"cbam_ext has kernels for CPU and CUDA tensors, not for '{device_type}'."
+    if not is_loaded():
+        return _missing_reason()
+    if device_type == "cuda":
+        return _missing_cuda_reason()
+    return "The loaded library has no CPU kernels."
+
+
+def _missing_reason() -> str:
+    """Why the operators are not there at all."""
+    minimum = ".".join(map(str, decisions.MINIMUM_TORCH))
+    if decisions.version_tuple(torch.__version__)[:2] < decisions.MINIMUM_TORCH:
+        return (
+            f"cbam_ext's kernels need torch {minimum} or newer, this is torch "
+            f'{torch.__version__}: pip install -U "torch>={minimum}"'
+        )
+    if _status.cpu_error:
+        return f"{_status.cpu_error}\nTo mend it, {_rebuild_advice()}."
+    built = _shadowed_install()
+    if built is not None:
+        return (
+            f"cbam_ext was imported from {PACKAGE}, which has no compiled part and hides the "
+            f"installed one in {built}. Run from another folder, or compile in place: "
+            f"pip install --no-build-isolation -e {PACKAGE.parent}"
+        )
+    return (
+        f"cbam_ext's kernels are not compiled (no {CPU_LIBRARY} in {PACKAGE}): to have them, "
+        f"{_rebuild_advice()}."
+    )
+
+
+def _missing_cuda_reason() -> str:
+    """Why the CUDA library is not there, although that for the CPU is loaded."""
+    if _status.cuda_error:
+        return f"{_status.cuda_error}\nTo mend it, {_rebuild_advice('FORCE_CUDA=1 ')}."
+    if not torch_has_cuda():
+        return f"cbam_ext has kernels for CUDA; torch {torch.__version__} was built without it."
+    folder = _status.cpu.parent if _status.cpu else PACKAGE
+    if folder == PACKAGE:
+        advice = _rebuild_advice("FORCE_CUDA=1 ")
+    else:  # compiled at run time
+        advice = "call cbam_ext.load() in a new process, with FORCE_CUDA=1 in its environment"
+    return (
+        f"this cbam_ext was built without CUDA kernels (no {CUDA_LIBRARY} in {folder}): to have "
+        f"them, install the CUDA {torch.version.cuda} toolkit and {advice}."
+    )
+
+
+def missing_arch_reason(capability: tuple[int, int]) -> str:
+    """Why the CUDA library does not serve a device of this capability; empty if it does."""
+    archs = tuple(_status.info.get("cuda_archs", ()))
+    if not archs or decisions.arch_covers(archs, capability):
+        return ""
+    number = f"{capability[0]}.{capability[1]}"
+    return (
+        f"this GPU has compute capability {number}, but cbam_ext's CUDA kernels were built for "
+        f"{';'.join(archs)}: "
+        + _rebuild_advice(f'FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="{number}" ')
+        + "."
+    )
+
+
+def _rebuild_advice(environment: str = "") -> str:
+    checkout = PACKAGE.parent
+    if (checkout / "setup.py").is_file():
+        command = f"run: {environment}pip install --no-build-isolation -e {checkout}"
+    else:
+        command = (
+            f"run in a checkout of cbam_ext: {environment}pip install --no-build-isolation "
+            "--force-reinstall --no-deps ."
+        )
+    if environment or is_loaded():
+        return command
+    return f"call cbam_ext.load(), which compiles them now, or {command}"
+
+
+def _shadowed_install() -> Path | None:
+    """Another cbam_ext on sys.path that has the compiled part which this one lacks."""
+    for entry in sys.path:
+        package = Path(entry or ".").resolve() / "cbam_ext"
+        if package != PACKAGE and (package / CPU_LIBRARY).is_file():
+            return package
+    return None

@@ -1,0 +1,74 @@
+"""Our module with the weights of somebody else's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..module import CBAM, Residual
+from .structure import Structure, dense_shape
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether ``module`` is what a conversion makes, and no subclass of it."""
+    return type(module) is CBAM or (type(module) is Residual and is_ours(module.cbam))
+
+
+def build(module: nn.Module, structure: Structure) -> CBAM | Residual:
+    """Our module with the weights of ``module``, which it shares memory with where shapes allow."""
+    fc1, fc2, conv = (
+        module.get_submodule(name) for name in (structure.fc1, structure.fc2, structure.conv)
+    )
+    hidden, channels = dense_shape(fc1) or (0, 0)
+    height, width = conv.weight.shape[2:]
+    cbam = CBAM(
+        channels,
+        hidden_channels=hidden,
+        kernel_size=max(height, width),
+        mlp_bias=True,
+        conv_bias=True,
+        device="meta",
+    )
+    parts = ((cbam.channel.fc1, fc1), (cbam.channel.fc2, fc2), (cbam.spatial.conv, conv))
+    for ours, theirs in parts:
+        weight = theirs.weight.detach()
+        weight = translate_conv(weight, structure.swapped) if theirs is conv else weight.flatten(1)
+        ours.weight = nn.Parameter(weight, theirs.weight.requires_grad)
+        ours.bias = theirs.bias
+    if structure.norm is not None:
+        cbam.spatial.norm = plain_norm(module.get_submodule(structure.norm))
+    _copy_flags(module, cbam)
+    if not structure.residual:
+        return cbam
+    residual = Residual(cbam)
+    residual.training = module.training  # alone: a frozen norm stays frozen
+    return residual
+
+
+def translate_conv(weight: Tensor, swapped: bool) -> Tensor:
+    """``[1, 2, k, k]`` with the average first, from ``[1, 2, h, w]`` in either order."""
+    if swapped:
+        weight = weight.flip(1)
+    height, width = weight.shape[2:]
+    k = max(height, width)
+    if height == width:
+        return weight
+    square = weight.new_zeros(1, 2, k, k)
+    top, left = (k - height) // 2, (k - width) // 2
+    square[:, :, top : top + height, left : left + width] = weight
+    return square
+
+
+def plain_norm(norm: nn.Module) -> nn.Module:
+    """``norm``, or a plain ``BatchNorm2d`` with its tensors in place of timm's subclass."""
+    if not isinstance(norm, nn.BatchNorm2d) or type(norm).__name__ != "BatchNormAct2d":
+        return norm
+    plain = nn.BatchNorm2d(1, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(plain, name, getattr(norm, name))
+    return plain.train(norm.training)
+
+
+def _copy_flags(module: nn.Module, cbam: CBAM) -> None:
+    for inner in cbam.modules():
+        if inner is not cbam.spatial.norm:
+            inner.training = module.training

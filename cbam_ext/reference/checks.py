@@ -1,0 +1,111 @@
+"""Argument checks of the public functions, in words that say what to change.
+
+The compiled operators check the same things (csrc/checks.cpp) for people who call
+``torch.ops.cbam``; there every failure is a RuntimeError, here it is a TypeError or a ValueError
+with the same words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._text import name_of
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS = 2**31 - 1  # kernels keep the channel of a maximum in 32 bits
+
+
+def check_arguments(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+) -> None:
+    """Raises TypeError or ValueError that names the argument, what was expected and what came."""
+    check_input(input)
+    channels = input.shape[1]
+
+    parameters = {
+        "fc1_weight": fc1_weight,
+        "fc1_bias": fc1_bias,
+        "fc2_weight": fc2_weight,
+        "fc2_bias": fc2_bias,
+        "conv_weight": conv_weight,
+        "conv_bias": conv_bias,
+    }
+    for name, parameter in parameters.items():
+        if parameter is not None or name.endswith("weight"):
+            _check_parameter(name, parameter, input)
+
+    if fc1_weight.dim() != 2 or fc1_weight.shape[0] == 0 or fc1_weight.shape[1] != channels:
+        raise ValueError(
+            f"fc1_weight must have shape [R, {channels}] (R >= 1, and the {channels} channels of "
+            f"input), got {_shape(fc1_weight)}"
+        )
+    hidden = fc1_weight.shape[0]
+    _check_shape("fc1_bias", fc1_bias, [hidden])
+    _check_shape("fc2_weight", fc2_weight, [channels, hidden])
+    _check_shape("fc2_bias", fc2_bias, [channels])
+    if (
+        conv_weight.dim() != 4
+        or conv_weight.shape[0] != 1
+        or conv_weight.shape[1] != 2
+        or conv_weight.shape[2] != conv_weight.shape[3]
+        or conv_weight.shape[2] % 2 == 0
+    ):
+        raise ValueError(
+            f"conv_weight must have shape [1, 2, k, k] with k odd, got {_shape(conv_weight)}"
+        )
+    _check_shape("conv_bias", conv_bias, [1])
+
+
+def check_input(input: Tensor) -> None:
+    """What :func:`check_arguments` says of the feature map."""
+    _check_tensor("input", input)
+    if input.dtype not in DTYPES:
+        raise TypeError(
+            f"input must be float64, float32, bfloat16 or float16, got {name_of(input.dtype)}"
+        )
+    if input.dim() != 4:
+        raise ValueError(f"input must have 4 dimensions [N, C, H, W], got {_shape(input)}")
+    _, channels, height, width = input.shape
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"input must have C, H and W of at least 1, got {_shape(input)}")
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"input must have at most {MAX_CHANNELS} channels, got {_shape(input)}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {value.layout}")
+
+
+def _check_parameter(name: str, parameter: object, input: Tensor) -> None:
+    _check_tensor(name, parameter)
+    assert isinstance(parameter, Tensor)
+    accumulator = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if parameter.dtype not in (input.dtype, accumulator):
+        allowed = " or ".join(dict.fromkeys((name_of(accumulator), name_of(input.dtype))))
+        raise TypeError(
+            f"{name} must be {allowed} for an input of {name_of(input.dtype)}, "
+            f"got {name_of(parameter.dtype)}"
+        )
+    if parameter.device != input.device:
+        raise ValueError(
+            f"{name} must be on the device of input, {input.device}, got {parameter.device}"
+        )
+
+
+def _check_shape(name: str, parameter: Tensor | None, shape: list[int]) -> None:
+    if parameter is not None and list(parameter.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {_shape(parameter)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)}"

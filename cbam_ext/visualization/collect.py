@@ -1,0 +1,232 @@
+"""Runs a model and collects the gates of its CBAMs: :func:`visualize`."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..module import CBAM
+from .gates import Gates
+from .maps import AttentionMaps
+
+
+def visualize(
+    model: nn.Module,
+    images: Tensor | tuple[Any, ...],
+    *,
+    modules: str | Iterable[str] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> AttentionMaps:
+    """Runs ``model`` once and collects the gates of every CBAM that this calls.
+
+    The model runs in eval mode, without gradients and uncompiled, under the autocast that is on.
+    Afterwards it is as it was: training flags, running statistics, gradients and PyTorch's random
+    numbers on the CPU and its GPU. A model in ``torch.compile``, DataParallel or
+    DistributedDataParallel is looked at inside its wrapper; of the latter, in one process.
+
+    Args:
+        model: any module that holds CBAMs, or a CBAM.
+        images: ``[N, channels, H, W]``, on any device: moved to that of the model's parameters and,
+            where floating, converted to their dtype. A tuple holds all positional arguments of the
+            model, the images first.
+        modules: the CBAMs to look at: names from ``model.named_modules()`` or shell patterns of
+            them such as ``"decoder.*"``; None for all.
+        mean, std: of the normalisation that made ``images``, numbers or one per channel, which the
+            pictures undo. A mean above 1 says that white was 255 before, else it was 1. Without
+            them, values in [0, 1] are shown as they are and others between their extremes.
+
+    Returns:
+        The gates by name of the module, in the order of the calls, with methods that draw. The
+        second call of a module is called ``"name#2"``; one that has several names, by its first.
+
+    Raises:
+        TypeError: ``model`` is no module or scripted, or ``images`` no tensor.
+        ValueError: ``images`` is no batch of images, the model has no CBAM or calls none,
+            ``modules`` match none, or ``mean`` and ``std`` do not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), CBAM(16))
+        >>> maps = visualize(model, torch.rand(2, 3, 34, 34))
+        >>> maps["1"].channel_gate.shape, maps["1"].spatial_gate.shape
+        (torch.Size([2, 16, 1, 1]), torch.Size([2, 1, 32, 32]))
+        >>> maps.overlays().savefig("overlays.png")  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments = images if isinstance(images, tuple) else (images,)
+    pictures = _check_images(arguments)
+    normalisation = _check_normalisation(mean, std, pictures.shape[1])
+    if normalisation is not None and not pictures.is_floating_point():
+        raise ValueError(f"mean and std undo a normalisation, but images are {pictures.dtype}")
+    model = _unwrap(model)
+    chosen = _choose(_find(model), modules)
+    gates: dict[str, Gates] = {}
+    shown = pictures.detach().to("cpu", copy=True)  # before a forward that works in place
+    with _left_alone(model), contextlib.ExitStack() as hooks:
+        for name, module in chosen.items():
+            hook = functools.partial(_collect, gates, name)
+            # Before forward, when FSDP has gathered the parameters and not yet freed them again.
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        model(*_as_model_wants(model, arguments))
+    if not gates:
+        raise ValueError(
+            f"forward of {type(model).__name__} called none of these CBAMs: {', '.join(chosen)}"
+        )
+    return AttentionMaps(gates, shown, normalisation)
+
+
+def _check_images(arguments: tuple[Any, ...]) -> Tensor:
+    images = arguments[0] if arguments else None
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "images must be a tensor, or a tuple of the model's arguments that begins with one, "
+            f"got {type(images).__name__ if arguments else 'an empty tuple'}"
+        )
+    if images.ndim != 4 or not images.numel():
+        hint = "; for one image: images[None]" if images.ndim == 3 else ""
+        raise ValueError(
+            f"images must be [N, channels, H, W] and not empty, got {list(images.shape)}{hint}"
+        )
+    return images
+
+
+def _check_normalisation(
+    mean: float | Sequence[float] | None, std: float | Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation as [C, 1, 1] or [1, 1, 1], in units where white is 1."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        missing = "mean" if mean is None else "std"
+        raise ValueError(f"mean and std go together, {missing} is missing")
+    tensors = []
+    for name, value in (("mean", mean), ("std", std)):
+        tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach()
+        if tensor.ndim > 1 or tensor.numel() not in (1, channels):
+            raise ValueError(
+                f"{name} must be a number or one for each of the {channels} channels of images, "
+                f"got shape {list(tensor.shape)}"
+            )
+        tensors.append(tensor.reshape(-1, 1, 1))
+    white = 255.0 if tensors[0].max() > 1 else 1.0
+    return tensors[0] / white, tensors[1] / white
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile and the parallel wrappers.
+
+    Compiled code does not see new hooks. The wrappers would run hooks in threads, or talk to
+    processes that are not looking.
+    """
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _find(model: nn.Module) -> dict[str, CBAM]:
+    """The CBAMs of ``model`` by name; the model itself has the name of its class."""
+    found = {
+        name or type(module).__name__: module
+        for name, module in model.named_modules()
+        if isinstance(module, CBAM)
+    }
+    if found:
+        return found
+    message = f"model ({type(model).__name__}) has no cbam_ext.CBAM"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            f"{message} that can be looked into, because it is scripted or traced; "
+            "pass the model that it was made from"
+        )
+    for name, module in model.named_modules():
+        if "cbam" in type(module).__name__.lower():
+            where = f"model.{name}" if name else "model"
+            raise ValueError(
+                f"{message}, but {where} is a {type(module).__module__}.{type(module).__name__}; "
+                "if that is a CBAM, convert it first: model = cbam_ext.convert(model)"
+            )
+    raise ValueError(f"{message}; there is nothing to look at")
+
+
+def _choose(found: dict[str, CBAM], modules: str | Iterable[str] | None) -> dict[str, CBAM]:
+    if modules is None:
+        return found
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    chosen = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"modules must be names or patterns, got {type(pattern).__name__}")
+        names = {n for n in found if n == pattern or fnmatch.fnmatchcase(n, pattern)}
+        if not names:
+            raise ValueError(f"modules: no CBAM is called {pattern!r}, only {', '.join(found)}")
+        chosen |= names
+    if not chosen:
+        raise ValueError("modules must hold at least one name; None looks at all CBAMs")
+    return {name: module for name, module in found.items() if name in chosen}
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients or compiling, and everything back as it was at the end."""
+    training = [(module, module.training) for module in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(gpus), _uncompiled():
+        try:
+            # By attribute, because train() and eval() of some modules do more, merging weights say.
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    # Importing the compiler takes seconds, and nothing can be compiled before somebody has.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _as_model_wants(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    device = None if parameter is None else parameter.device
+    images, *others = (
+        argument.to(device or argument.device, copy=True)  # a forward may work in place
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    )
+    if parameter is not None and images.is_floating_point():
+        images = images.to(parameter.dtype)
+    return images, *others
+
+
+def _collect(
+    gates: dict[str, Gates],
+    name: str,
+    module: CBAM,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+) -> None:
+    key, call = name, 1
+    while key in gates:
+        call += 1
+        key = f"{name}#{call}"
+    channel_gate, spatial_gate = module.attention(*args, **kwargs)
+    gates[key] = Gates(channel_gate.cpu(), spatial_gate.cpu())

@@ -1,0 +1,291 @@
+"""What the build decides: toolkit, architectures, FORCE_CUDA, and its words. Nothing compiles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cbam_ext.building import compile, decisions, jit
+from cbam_ext.building.decisions import BuildError
+
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_90\\nsm_100\\n' ;;
+  --dryrun) echo '#$ _HERE_={home}/bin' >&2 ;;
+esac
+"""
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def make_toolkit(home: Path, version: str = "13.0") -> Path:
+    """A folder that looks like a CUDA toolkit, with an nvcc that answers questions."""
+    write_script(home / "bin" / "nvcc", NVCC.format(version=version, home=home))
+    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).touch()
+    return home
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """Stands for /usr/local on a machine without CUDA."""
+    folder = tmp_path / "usual"
+    folder.mkdir()
+    return folder
+
+
+class TestToolkit:
+    def test_cuda_home(self, tmp_path: Path, nowhere: Path) -> None:
+        home = make_toolkit(tmp_path / "cuda", "12.8")
+        toolkit, _ = decisions.find_toolkit({"CUDA_HOME": str(home)}, nowhere)
+        assert toolkit is not None
+        assert (toolkit.home, toolkit.version, toolkit.major) == (home, "12.8", 12)
+        assert toolkit.include == home / "include"
+        assert toolkit.library == home / "lib64"
+
+    def test_cuda_home_decides_alone(self, tmp_path: Path, nowhere: Path) -> None:
+        make_toolkit(nowhere / "cuda")
+        toolkit, missing = decisions.find_toolkit({"CUDA_HOME": str(tmp_path / "wrong")}, nowhere)
+        assert toolkit is None
+        assert missing == f"CUDA_HOME={tmp_path / 'wrong'} has no bin/nvcc"
+
+    def test_wrapper_script_on_path(self, tmp_path: Path, nowhere: Path) -> None:
+        home = make_toolkit(tmp_path / "somewhere" / "cuda")
+        nvcc = write_script(tmp_path / "bin" / "nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+        toolkit, _ = decisions.find_toolkit({"PATH": str(nvcc.parent)}, nowhere)
+        assert toolkit is not None
+        assert toolkit.home == home
+
+    def test_link_on_path_to_a_silent_nvcc(self, tmp_path: Path, nowhere: Path) -> None:
+        home = make_toolkit(tmp_path / "cuda")
+        text = NVCC.format(version="13.0", home="").replace("--dryrun", "--nothing")
+        write_script(home / "bin" / "nvcc", text)
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+        toolkit, _ = decisions.find_toolkit({"PATH": str(tmp_path / "bin")}, nowhere)
+        assert toolkit is not None
+        assert toolkit.home == home
+
+    def test_usual_places_newest_first(self, nowhere: Path) -> None:
+        make_toolkit(nowhere / "cuda-9.2", "9.2")
+        make_toolkit(nowhere / "cuda-12.8", "12.8")
+        toolkit, _ = decisions.find_toolkit({}, nowhere)
+        assert toolkit is not None
+        assert toolkit.version == "12.8"
+
+    @pytest.mark.parametrize("file", ["include/cuda_runtime.h", "lib64/libcudart_static.a"])
+    def test_incomplete_is_named(self, tmp_path: Path, nowhere: Path, file: str) -> None:
+        home = make_toolkit(tmp_path / "cuda")
+        (home / file).unlink()
+        toolkit, missing = decisions.find_toolkit({"CUDA_PATH": str(home)}, nowhere)
+        assert toolkit is None
+        assert str(home) in missing
+        assert Path(file).name in missing
+
+    def test_incomplete_one_is_passed_over(self, tmp_path: Path, nowhere: Path) -> None:
+        incomplete = make_toolkit(tmp_path / "cuda", "12.0")
+        (incomplete / "include" / "cuda_runtime.h").unlink()
+        make_toolkit(nowhere / "cuda", "13.0")
+        toolkit, _ = decisions.find_toolkit({"PATH": str(incomplete / "bin")}, nowhere)
+        assert toolkit is not None
+        assert toolkit.version == "13.0"
+
+    def test_nothing(self, nowhere: Path) -> None:
+        toolkit, missing = decisions.find_toolkit({}, nowhere)
+        assert toolkit is None
+        assert "no nvcc on PATH" in missing
+
+
+class TestPlan:
+    def plan(self, cuda: str | None, usual: Path, **env: str) -> decisions.CudaPlan:
+        return decisions.plan_cuda("2.14.1", cuda, env, usual)
+
+    def test_fitting_toolkit(self, nowhere: Path) -> None:
+        make_toolkit(nowhere / "cuda", "13.1")
+        plan = self.plan("13.0", nowhere)
+        assert plan.toolkit is not None
+        assert plan.archs == ("7.5", "8.0", "9.0", "10.0+PTX")
+
+    @pytest.mark.parametrize(
+        ("cuda", "toolkit", "problem", "remedy"),
+        [
+            ("13.0", None, "no CUDA toolkit found", "install the CUDA 13.0 toolkit"),
+            (None, "13.0", "torch 2.14.1 is a build without CUDA", "CUDA build of torch"),
+            ("13.0", "12.8", "built with CUDA 13.0, but .* is CUDA 12.8", r"whl/cu128"),
+            ("12.8", "13.0", "built with CUDA 12.8, but .* is CUDA 13.0", "CUDA_HOME to a CUDA 12"),
+        ],
+    )
+    def test_obstacles(
+        self, nowhere: Path, cuda: str | None, toolkit: str | None, problem: str, remedy: str
+    ) -> None:
+        if toolkit:
+            make_toolkit(nowhere / "cuda", toolkit)
+        plan = self.plan(cuda, nowhere)
+        assert plan.toolkit is None
+        assert re.search(f"{problem}.*{remedy}", plan.reason)
+        assert "\n" not in plan.reason
+        with pytest.raises(BuildError, match=f"FORCE_CUDA=1, but .*{problem}.*{remedy}"):
+            self.plan(cuda, nowhere, FORCE_CUDA="1")
+
+    def test_force_cuda_0(self, nowhere: Path) -> None:
+        make_toolkit(nowhere / "cuda")
+        assert self.plan("13.0", nowhere, FORCE_CUDA="0").toolkit is None
+
+    def test_force_cuda_nonsense(self, nowhere: Path) -> None:
+        with pytest.raises(BuildError, match="FORCE_CUDA=yes is not understood: use 0, 1"):
+            self.plan("13.0", nowhere, FORCE_CUDA="yes")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "threads"), [("1", 1), ("2", 1), ("4", 2), ("64", 3), ("", None), ("many", None)]
+)
+def test_architectures_at_once(jobs: str, threads: int | None) -> None:
+    """MAX_JOBS bounds what the two big sources take together; without it, the machine does."""
+    found = compile._threads_per_source(("7.5", "8.0", "9.0+PTX"), {"MAX_JOBS": jobs})
+    assert found == threads if threads else 1 <= found <= 3
+
+
+class TestArchs:
+    KNOWN = ("7.5", "8.0", "8.6", "9.0", "10.0", "10.3", "12.0")
+
+    @pytest.mark.parametrize(
+        ("wanted", "expected"),
+        [
+            ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+            ("8.0 9.0a", ("8.0", "9.0a")),
+            ("Ampere;8.6+PTX;hopper", ("8.0", "8.6+PTX", "9.0+PTX")),
+            ("", ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")),
+        ],
+    )
+    def test_list(self, wanted: str, expected: tuple[str, ...]) -> None:
+        assert decisions.cuda_archs(self.KNOWN, {"TORCH_CUDA_ARCH_LIST": wanted}) == expected
+
+    @pytest.mark.parametrize(
+        "capability",
+        [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)],
+        ids=str,
+    )
+    def test_defaults_have_machine_code_for(self, capability: tuple[int, int]) -> None:
+        assert decisions.arch_covers(decisions.DEFAULT_ARCHS, capability)
+
+    def test_nvcc_newer_than_the_defaults(self) -> None:
+        assert decisions.cuda_archs(("14.0", "15.0"), {}) == ("15.0+PTX",)
+
+    @pytest.mark.parametrize(
+        ("wanted", "message"),
+        [
+            ("sm_80", "'sm_80' is not an architecture"),
+            ("5.0", "cannot make code for 5.0; it knows"),
+        ],
+    )
+    def test_bad_list(self, wanted: str, message: str) -> None:
+        with pytest.raises(BuildError, match=message):
+            decisions.cuda_archs(self.KNOWN, {"TORCH_CUDA_ARCH_LIST": wanted})
+
+    def test_gencode(self) -> None:
+        assert decisions.gencode_flags(("8.0", "9.0a", "10.0+PTX")) == [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-gencode=arch=compute_100,code=sm_100",
+            "-gencode=arch=compute_100,code=compute_100",
+        ]
+
+    @pytest.mark.parametrize(
+        ("archs", "capability", "covered"),
+        [
+            (("8.0",), (8, 6), True),
+            (("8.6",), (8, 0), False),
+            (("8.0",), (9, 0), False),
+            (("8.0+PTX",), (9, 0), True),
+            (("9.0a",), (9, 0), True),
+            (("10.0a",), (10, 3), False),
+            (("8.0", "9.0+PTX"), (7, 5), False),
+            (("7.5", "12.0+PTX"), (12, 1), True),
+        ],
+    )
+    def test_covers(
+        self, archs: tuple[str, ...], capability: tuple[int, int], covered: bool
+    ) -> None:
+        assert decisions.arch_covers(archs, capability) is covered
+
+
+class TestSources:
+    def test_the_list_is_the_folder(self) -> None:
+        listed = [decisions.sources(library) for library in ("cpu", "cuda", "python")]
+        present = [f for f in decisions.source_dir().rglob("*") if f.suffix in (".cpp", ".cu")]
+        assert all(len(files) == len(set(files)) for files in listed)  # two libraries may share one
+        assert {file for files in listed for file in files} == set(present)
+
+    def test_hash_follows_the_contents(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decisions, "source_dir", lambda: tmp_path)
+        (tmp_path / "sources.txt").write_text("cpu a.cpp\n")
+        (tmp_path / "a.cpp").write_text("int a;")
+        first = decisions.source_hash()
+        (tmp_path / "notes.swp").write_text("an editor's file")
+        assert decisions.source_hash() == first
+        (tmp_path / "a.cpp").write_text("int b;")
+        assert decisions.source_hash() != first
+
+
+class TestRequirements:
+    def test_present(self) -> None:
+        compile.check_requirements()
+
+    def test_torch_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(
+            BuildError, match=r'pip install "torch>=2.10" && pip install --no-build'
+        ):
+            compile.check_requirements()
+
+    @pytest.mark.parametrize(
+        ("package", "version", "command"),
+        [
+            ("torch", "2.9.1+cpu", 'pip install -U "torch>=2.10"'),
+            ("setuptools", "65.5.0", 'pip install -U "setuptools>=77"'),
+        ],
+    )
+    def test_too_old(
+        self, monkeypatch: pytest.MonkeyPatch, package: str, version: str, command: str
+    ) -> None:
+        versions = {"torch": "2.14.1", "setuptools": "80.0", package: version}
+        monkeypatch.setattr(compile.importlib.metadata, "version", versions.__getitem__)
+        with pytest.raises(BuildError) as error:
+            compile.check_requirements()
+        assert f"{package} {version} is too old" in str(error.value)
+        assert command in str(error.value)
+
+    def test_no_compiler(self, tmp_path: Path) -> None:
+        with pytest.raises(BuildError, match=r"no C\+\+ compiler.*apt install g\+\+"):
+            compile.find_compiler({"PATH": str(tmp_path)})
+        with pytest.raises(BuildError, match=r"CXX=g\+\+-99 does not exist"):
+            compile.find_compiler({"PATH": str(tmp_path), "CXX": "g++-99 -m64"})
+
+    def test_compiler_from_environment(self, tmp_path: Path) -> None:
+        write_script(tmp_path / "mycxx", "#!/bin/sh\n")
+        assert compile.find_compiler({"PATH": str(tmp_path), "CXX": "mycxx -m64"}) == "mycxx -m64"
+
+
+class TestFirstError:
+    def test_our_own_message_comes_first(self) -> None:
+        log = "cbam_ext: building CPU kernels\na.cpp:1: error: x\ncbam_ext: no C++ compiler\n"
+        assert jit.first_error(log) == "no C++ compiler"
+
+    def test_compiler_error(self) -> None:
+        log = "[1/2] c++ -Werror -c a.cpp\na.cpp:3:1: error: expected ';'\nb.cpp:9: error: no\n"
+        assert jit.first_error(log) == "a.cpp:3:1: error: expected ';'"
+
+    def test_nothing_like_an_error(self) -> None:
+        assert jit.first_error("one\ntwo\n\nthree\nfour\n") == "two\nthree\nfour"
+        assert jit.first_error("") == "the compiler said nothing"

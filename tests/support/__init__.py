@@ -1,0 +1,1 @@
+"""What tests share: backends, problems, chains, treatments, other people's modules."""

@@ -1,0 +1,54 @@
+"""The seed of the run, and the backends that its tests run on."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import cbam_ext
+
+# Through the environment the workers of a parallel run and the tests' own subprocesses inherit it.
+SEED = int(os.environ.setdefault("CBAM_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the operators under test live: a device, and a namespace with the operators of cbam."""
+
+    name: str
+    device: torch.device
+    namespace: str = "cbam"
+
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether every call takes a hundred times longer than elsewhere."""
+        return self.name == "emulated"
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", torch.device("cpu")),
+    "emulated": Backend("emulated", torch.device("cpu"), "cbam_emulated"),
+    "cuda": Backend("cuda", torch.device("cuda")),
+}
+
+
+def backends() -> list[Backend]:
+    """The backends of this run; the name of each stands in the ids of its tests."""
+    wish = os.environ.get("CBAM_TEST_BACKENDS", "")
+    names = {name for name in wish.replace(" ", "").split(",") if name}
+    if names - BACKENDS.keys():
+        raise pytest.UsageError(f"CBAM_TEST_BACKENDS={wish}: there are {', '.join(BACKENDS)}")
+    if not names:
+        names = {"cpu", "emulated"}
+        if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
+            names.add("cuda")
+    return [backend for name, backend in BACKENDS.items() if name in names]
