@@ -333,7 +333,7 @@ class NotOursCbam(nn.Module):
             (nn.Sequential(nn.ReLU(), NotOursCbam()), images()),
             {},
             ValueError,
-            r"model\.1 is a test_visualization\.NotOursCbam.*cbam_ext\.convert\(model\)",
+            r"model\.1 is a \S*NotOursCbam.*cbam_ext\.convert\(model\)",
         ),
         ((NotOursCbam(), images()), {}, ValueError, "but model is a .*NotOursCbam"),
         ((plain(), images()), {"modules": "2"}, ValueError, "modules: .* '2', only 1$"),
