@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from .. import _version
 from . import decisions, library
@@ -111,6 +110,8 @@ def _make_folder(folder: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an OS lock, which ends with its process; while waiting, say for what and how long."""
+    from filelock import FileLock, Timeout  # takes its time, and is needed here alone
+
     lock = FileLock(str(path))
     with _Progress(f"cbam_ext: waiting for another process that compiles (lock: {path})") as line:
         while True:

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from .._progress import track
 from .table import Cost, CostTable
@@ -119,25 +118,6 @@ def compare_costs(
 # --- what is run ----------------------------------------------------------------------------------
 
 
-class _FlopCounter(FlopCounterMode):
-    """For the total alone, without following who calls whom.
-
-    The hooks that do so refuse ``torch.autograd.grad`` where a module is given a parameter or
-    another leaf, and are heard by modules that ``torch.compile`` made.
-    """
-
-    class _NoTracker:
-        parents = ("Global",)
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker = self._NoTracker()
-
-
 class _Subject:
     """A model with its inputs: what is counted once, and the steps that are timed."""
 
@@ -152,17 +132,19 @@ class _Subject:
 
     def count(self) -> None:
         """All that is not time. These are the first calls of the model, and warm it up."""
+        from .flops import FlopCounter  # brings Triton along, which takes longer than this package
+
         parameters = list(self.model.parameters())
         self._leaves = [t for t in (*parameters, *self.inputs) if t.requires_grad]
         self.facts["parameters"] = sum(parameter.numel() for parameter in parameters)
         self.model.eval()
-        with _FlopCounter() as counter:
+        with FlopCounter() as counter:
             self.forward()
         self.facts["flops"] = counter.get_total_flops()
 
         self.model.train()
         known = (*parameters, *self.model.buffers(), *self.inputs)
-        with torch.enable_grad(), _FlopCounter() as counter:
+        with torch.enable_grad(), FlopCounter() as counter:
             with SavedForBackward(without=known) as saved:
                 results = self._results()
             self.trains = bool(results)

@@ -7,22 +7,58 @@ PyTorch's CBAM. Pooling and gating count nothing, although all of the time goes 
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def register(namespace: str) -> None:
     """Makes the counter know the operators of a namespace; once for each."""
+    if _COUNTER in sys.modules:
+        _register(namespace, sys.modules[_COUNTER])
+    else:
+        # Importing the counter would bring Triton along: longer than all else of this package.
+        sys.meta_path.insert(0, _OnImport(namespace))
+
+
+def _register(namespace: str, counter: ModuleType) -> None:
     operators = getattr(torch.ops, namespace)
     first = (operators.forward, operators.gates, operators._forward_train, operators._logits)
-    register_flop_formula(first)(_forward)
-    register_flop_formula(operators._backward)(_backward)
-    register_flop_formula(operators._logits_backward)(_logits_backward)
+    counter.register_flop_formula(first)(_forward)
+    counter.register_flop_formula(operators._backward)(_backward)
+    counter.register_flop_formula(operators._logits_backward)(_logits_backward)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Waits until somebody imports the counter, and registers the formulas right after."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)  # by those who come after
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(self.namespace, module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:

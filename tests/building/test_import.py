@@ -34,6 +34,7 @@ def test_import_does_no_work() -> None:
 import sys
 print(torch.cuda.is_initialized())
 unwanted = "segmentation_models_pytorch", "setuptools", "torch.utils.cpp_extension", "cbam_ext.smp"
+unwanted += "sympy", "triton", "matplotlib", "timm", "filelock", "torch._dynamo"
 print(*[name for name in unwanted if name in sys.modules])
 """
     ours = run_python("import torch, cbam_ext" + look, CHECKOUT)

@@ -1,0 +1,20 @@
+"""What stands in two places because its readers cannot share one."""
+
+from __future__ import annotations
+
+import re
+
+from support.packages import CHECKOUT
+
+
+def test_pre_commit_has_the_versions_of_make_lint() -> None:
+    hooks = (CHECKOUT / ".pre-commit-config.yaml").read_text()
+    found = set(re.findall(r"\[((?:ruff|clang-format)==[\d.]+)\]", hooks))
+    (extra,) = re.findall(r"^dev = \[(.*)\]", (CHECKOUT / "pyproject.toml").read_text(), re.M)
+    assert found == {word for word in re.findall(r'"(.*?)"', extra) if "==" in word}
+    assert len(found) == 2
+
+
+def test_ci_installs_nothing_by_hand() -> None:
+    """Only make does, so that a fresh clone gets what CI has."""
+    assert "pip install" not in (CHECKOUT / ".ci" / "run").read_text()
