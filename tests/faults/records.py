@@ -46,7 +46,10 @@ class Records:
         return self._held.get(_key(fault), {})
 
     def add(self, fault: Fault | str, stage: str, outcome: Outcome) -> None:
-        self._held.setdefault(_key(fault), {})[stage] = outcome
+        stages = self._held.setdefault(_key(fault), {})
+        for name in STAGES[STAGES.index(stage) :]:  # the later ones were of an earlier state
+            stages.pop(name, None)
+        stages[stage] = outcome
         held = {
             key: {name: dataclasses.asdict(outcome) for name, outcome in stages.items()}
             for key, stages in self._held.items()
