@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import cbam_ext
-from cbam_ext import functional, ops, reference
+from cbam_ext import functional, reference
 from cbam_ext.ops import calls
 
 from support.samples import (
