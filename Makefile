@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
                      -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-tools bench lint format test-matrix clean
+.PHONY: help demo test test-tools bench docs lint format test-matrix clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and othe
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)
+
+docs: $(VENV)/.extra-docs  ## make a site of the pages in docs/: build/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -n -q docs build/docs
 
 lint: $(VENV)/.extra-dev  ## check style: ruff and clang-format
 	$(BIN)/ruff check .
