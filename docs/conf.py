@@ -28,6 +28,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|nn|matplotlib)\..*|Tensor|Figure|BuildError")]
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["html_image"]
 autodoc_typehints = "none"  # the texts tell more than the annotations
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
