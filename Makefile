@@ -35,7 +35,7 @@ bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)
 
 docs: $(VENV)/.extra-docs  ## make a site of the pages in docs/: build/docs/index.html
-	$(BIN)/python -m sphinx -W --keep-going -n -q docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 lint: $(VENV)/.extra-dev  ## check style: ruff and clang-format
 	$(BIN)/ruff check .

@@ -32,7 +32,6 @@ myst_enable_extensions = ["html_image"]
 autodoc_typehints = "none"  # the texts tell more than the annotations
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
-python_display_short_literal_types = True
 
 html_theme = "furo"
 html_title = f"cbam_ext {version}"
