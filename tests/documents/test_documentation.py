@@ -133,6 +133,7 @@ def _block_with(text: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_three_models(tmp_path: Path) -> None:
     """Those of the pages with our operator in them have the outputs that they had."""
     names = _surroundings(tmp_path)
