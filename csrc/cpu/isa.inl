@@ -15,16 +15,6 @@ namespace {
 
 constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
 
-// Storage types of 16 bits. float and double are their own accumulators.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-template <class S>
-using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
@@ -72,16 +62,7 @@ void with_kernels(const Problem& problem, F&& f) {
     if (problem.layout == Layout::kNCHW) return f(storage, Nchw<S>{});
     return f(storage, Nhwc<S>{});
   };
-  switch (problem.dtype) {
-    case DType::kFloat64:
-      return with_layout(double{});
-    case DType::kFloat32:
-      return with_layout(float{});
-    case DType::kBFloat16:
-      return with_layout(BFloat16{});
-    case DType::kFloat16:
-      return with_layout(Half{});
-  }
+  with_storage(problem.dtype, with_layout);
 }
 
 }  // namespace

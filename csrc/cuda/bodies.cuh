@@ -1,4 +1,4 @@
-// What the sweeps add up: the bodies of sweep.cuh, in the order in which they run.
+// The bodies of the sweeps (sweep.cuh): what they add up or write, in the order in which they run.
 //
 //   Pool            x      per channel  sum, maximum                         (forward, launch 1)
 //   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 2)
