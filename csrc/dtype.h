@@ -22,10 +22,10 @@ struct Half {
 template <class S>
 using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Calls f with a value of the type that stands for a dtype, and returns what it returns. The one
-// switch over dtypes: it has no default, so that compilers name a dtype that is forgotten here. Who
-// has types of its own for 16 bits passes them.
-template <class BFloat16Type = BFloat16, class HalfType = Half, class F>
+// Calls f with a value of the type that stands for a dtype, and returns what it returns; the types
+// of 16 bits are the caller's choice. The one switch over dtypes: it has no default, so that
+// compilers name a dtype that is forgotten here.
+template <class BFloat16Type, class HalfType, class F>
 decltype(auto) with_storage(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat64:
@@ -41,11 +41,12 @@ decltype(auto) with_storage(DType dtype, F&& f) {
 }
 
 inline int64_t element_size(DType dtype) {
-  return with_storage(dtype, [](auto value) { return static_cast<int64_t>(sizeof(value)); });
+  return with_storage<BFloat16, Half>(
+      dtype, [](auto value) { return static_cast<int64_t>(sizeof(value)); });
 }
 
 inline int64_t accumulator_size(DType dtype) {
-  return with_storage(
+  return with_storage<BFloat16, Half>(
       dtype, [](auto value) { return static_cast<int64_t>(sizeof(Acc<decltype(value)>)); });
 }
 

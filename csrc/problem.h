@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "rounding.h"  // for all who cut a problem into pieces
 
 namespace cbam {
 

@@ -301,7 +301,7 @@ struct BackwardPool : Body<S> {
   }
 };
 
-// dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + davg + [p is the argmax of c] dmax.
+// dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + daverage + [p is the argmax of c] dmaximum.
 template <class S>
 struct InputGrad : Body<S> {
   using A = Acc<S>;

@@ -99,7 +99,7 @@ template <template <class> class Memory, class Args, class F>
 void with_call(const Args& args, Pass pass, const Queue& queue, F&& f) {
   const Problem& problem = args.problem;
   const Plan plan = make_plan(problem, pass, queue.device);
-  with_storage(problem.dtype, [&](auto storage) {
+  with_storage<BFloat16, Half>(problem.dtype, [&](auto storage) {
     using S = decltype(storage);
     Arena arena(queue.workspace);
     const Memory<Acc<S>> memory(arena, problem, plan);
@@ -117,7 +117,7 @@ void with_call(const Args& args, Pass pass, const Queue& queue, F&& f) {
 template <template <class> class Memory, class Args>
 int64_t bytes_for(const Args& args, Pass pass, const Device& device) {
   const Plan plan = make_plan(args.problem, pass, device);
-  return with_storage(args.problem.dtype, [&](auto storage) {
+  return with_storage<BFloat16, Half>(args.problem.dtype, [&](auto storage) {
     Arena arena(nullptr);
     Memory<Acc<decltype(storage)>>(arena, args.problem, plan);
     return arena.used();

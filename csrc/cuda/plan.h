@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "../problem.h"
-#include "../rounding.h"
 #include "device.h"
 
 namespace cbam::cuda {
