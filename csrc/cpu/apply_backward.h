@@ -25,8 +25,9 @@ struct GateDots {
 
 // The sweep over (x, g) for one tile: the gradient of its pixels' logits.
 template <class S, class Sweeps, class A>
-inline void tile_gate_grads(const Shape& shape, int64_t t, const S* x, const S* g, const A* ca,
-                            const A* sa, const GateDots<A>& dots, A* dlogits) {
+[[gnu::flatten]] void tile_gate_grads(const Shape& shape, int64_t t, const S* x, const S* g,
+                                      const A* ca, const A* sa, const GateDots<A>& dots,
+                                      A* dlogits) {
   const Tile tile(shape, t);
   Sweeps::gate_grads(shape, tile, x, g, ca, sa, dlogits, dots.tiles + t * shape.padded_c);
   each_vector<A>(tile.size(), [&](int64_t i, auto part) {

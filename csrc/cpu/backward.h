@@ -49,7 +49,8 @@ struct SweepMemory {
 
 // The sweep over x alone for one band, whose ds are known.
 template <class Sweeps, class S, class A>
-inline void band_stats(const Shape& shape, int64_t t, const S* x, const SweepMemory<A>& sweeps) {
+[[gnu::flatten]] void band_stats(const Shape& shape, int64_t t, const S* x,
+                                 const SweepMemory<A>& sweeps) {
   const Tile pixels = Band(shape, t).pixels;
   const int64_t at = t * shape.padded_c;
   const PixelResults<A> pixel{sweeps.means + pixels.begin, sweeps.maxima + pixels.begin,
@@ -122,6 +123,12 @@ inline void find_channel_argmaxima(const Shape& shape, const S* x, const SweepMe
   }
 }
 
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_input_grad(const Shape& shape, Tile tile, const S* g, const A* ca,
+                                      const A* sa, const InputGradMaps<A>& maps, S* dx) {
+  Sweeps::input_grad(shape, tile, g, ca, sa, maps, dx);
+}
+
 // dx of one element; `maps` as in Sweeps::input_grad. For the pixel of a channel's maximum.
 template <class S, class Sweeps, class A>
 inline void add_maximum_grad(const Shape& shape, int64_t c, int64_t p, const S* g, const A* ca,
@@ -143,7 +150,7 @@ inline void sample_input_grad(const Sample<S>& sample, const S* x, const S* g, c
   const InputGradMaps<A> maps{sweeps.ds[0], sweeps.ds[1], sweeps.argmaxima, daverage};
   each_tile_backwards(shape, sample.parallel, [&](int64_t t) {
     const Tile tile(shape, t);
-    Sweeps::input_grad(shape, tile, g, sweeps.ca, sa, maps, dx);
+    tile_input_grad<Sweeps>(shape, tile, g, sweeps.ca, sa, maps, dx);
     for (int64_t c = 0; c < shape.c; ++c) {
       const int64_t p = sweeps.channel_argmaxima[c];
       if (p < tile.begin || p >= tile.end) continue;

@@ -78,13 +78,17 @@ inline void settle_pools(const Shape& shape, const S* x, const PoolMemory<A>& po
   std::fill(pools.maximum + shape.c, pools.maximum + shape.padded_c, A{0});
 }
 
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_pool(const Shape& shape, int64_t t, const S* x,
+                                const PoolMemory<A>& pools) {
+  const int64_t at = t * shape.padded_c;
+  Sweeps::pool(shape, Tile(shape, t), x, pools.tile_sums + at, pools.tile_maxima + at);
+}
+
 // The pooled maps of one sample.
 template <class Sweeps, class S, class A>
 inline void pool_sample(const Shape& shape, bool parallel, const S* x, const PoolMemory<A>& pools) {
-  each_tile_backwards(shape, parallel, [&](int64_t t) {
-    const int64_t at = t * shape.padded_c;
-    Sweeps::pool(shape, Tile(shape, t), x, pools.tile_sums + at, pools.tile_maxima + at);
-  });
+  each_tile_backwards(shape, parallel, [&](int64_t t) { tile_pool<Sweeps>(shape, t, x, pools); });
   settle_pools<Sweeps>(shape, x, pools);
 }
 
@@ -116,11 +120,18 @@ inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
 
 // Calls keep(means, maxima) with the statistics of the pixels of one tile.
 template <class Sweeps, class S, class A, class Keep>
-inline void tile_stats(const Shape& shape, Tile tile, const S* x, const A* ca, Keep&& keep) {
+[[gnu::flatten]] void tile_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
+                                 Keep&& keep) {
   A sums[Shape::kMaxTile], maxima[Shape::kMaxTile];
   Sweeps::channel_stats(shape, tile, x, ca, sums, maxima);
   settle_stats<Sweeps>(shape, tile, x, ca, sums, maxima, static_cast<Int<A>*>(nullptr));
   keep(sums, maxima);
+}
+
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_apply(const Shape& shape, Tile tile, const S* x, const A* ca,
+                                 const A* sa, S* y) {
+  Sweeps::apply(shape, tile, x, ca, sa, y);
 }
 
 template <class A>
@@ -180,7 +191,7 @@ void forward(const ForwardArgs& args) {
                                 if (logits != nullptr) store(logits + pixel, logit, part);
                                 if (gate_wanted) store(sa + pixel, sigmoid(logit), part);
                               });
-          if (y != nullptr) Sweeps::apply(shape, band.pixels, x, memory.ca, sa, y);
+          if (y != nullptr) tile_apply<Sweeps>(shape, band.pixels, x, memory.ca, sa, y);
         });
   });
 }
@@ -256,7 +267,7 @@ void apply(const ApplyArgs& args) {
     for_each_unit(sample.parallel, shape.tiles, [&](int64_t t) {
       const Tile tile(shape, t);
       sigmoid_tile(tile, logits, gates.sa);
-      Sweeps::apply(shape, tile, x, gates.ca, gates.sa, y);
+      tile_apply<Sweeps>(shape, tile, x, gates.ca, gates.sa, y);
     });
   });
 }

@@ -6,9 +6,10 @@
 // Rows of kGroup channels are walked side by side: their sums are independent, so additions of one
 // do not wait for another, and the maps per pixel are loaded and stored once for all of them.
 //
-// The sweeps that several functions share are inlined into each: as functions of their own they
-// would load the pointers of their arguments again after every store of a vector, which may alias
-// them.
+// Who calls them for a tile is marked [[gnu::flatten]]: all of a sweep, down to the loads, becomes
+// one function. Compilers would else decide that by the size of the whole file; and a piece left
+// as a function of its own loads the pointers of its arguments again after every store of a
+// vector, which may alias them.
 //
 // Included once per instruction set by isa.inl.
 
@@ -28,8 +29,7 @@ struct Nchw {
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return c * shape.pixels + p; }
 
   // sum_p x and max_p x per channel (the maximum ignores NaN; see settle_pools).
-  [[gnu::always_inline]] static void pool(const Shape& shape, Tile tile, const S* x, A* sums,
-                                          A* maxima) {
+  static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, c, tile.begin);
@@ -54,8 +54,8 @@ struct Nchw {
   }
 
   // sum_c u and max_c u per pixel, u = ca x (the maximum ignores NaN; see settle_stats).
-  [[gnu::always_inline]] static void channel_stats(const Shape& shape, Tile tile, const S* x,
-                                                   const A* ca, A* sums, A* maxima) {
+  static void channel_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums,
+                            A* maxima) {
     std::fill_n(sums, tile.size(), A{0});
     std::fill_n(maxima, tile.size(), -kInfinity<A>);
     each_group(shape.c, [&](auto group, int64_t c) {
@@ -111,10 +111,8 @@ struct Nchw {
 
   // Backward's sweep over x alone: channel_stats with the channel of the maximum, pool with the
   // pixel of the maximum, and sum_p x ds0 per channel.
-  [[gnu::always_inline]] static void backward_stats(const Shape& shape, Tile tile, const S* x,
-                                                    const A* ca, const A* ds0,
-                                                    PixelResults<A> pixel,
-                                                    ChannelResults<A> channel) {
+  static void backward_stats(const Shape& shape, Tile tile, const S* x, const A* ca, const A* ds0,
+                             PixelResults<A> pixel, ChannelResults<A> channel) {
     std::fill_n(pixel.sums, tile.size(), A{0});
     std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);
     std::fill_n(pixel.argmaxima, tile.size(), Int<A>{0});
@@ -170,9 +168,8 @@ struct Nchw {
 
   // dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + daverage, ds0 and daverage already divided
   // by the counts of their means. The gradient of the maximum over pixels is added by the caller.
-  [[gnu::always_inline]] static void input_grad(const Shape& shape, Tile tile, const S* g,
-                                                const A* ca, const A* sa,
-                                                const InputGradMaps<A>& maps, S* dx) {
+  static void input_grad(const Shape& shape, Tile tile, const S* g, const A* ca, const A* sa,
+                         const InputGradMaps<A>& maps, S* dx) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const int64_t rows = offset(shape, c, tile.begin);

@@ -24,8 +24,7 @@ struct Nhwc {
 
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return p * shape.c + c; }
 
-  [[gnu::always_inline]] static void pool(const Shape& shape, Tile tile, const S* x, A* sums,
-                                          A* maxima) {
+  static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
     constexpr int kColumns = 4;          // vectors of channels held in registers
     constexpr int64_t kPixelBlock = 64;  // pixels before the next columns, so that x stays cached
     std::fill_n(sums, shape.padded_c, A{0});
@@ -63,8 +62,8 @@ struct Nhwc {
     }
   }
 
-  [[gnu::always_inline]] static void channel_stats(const Shape& shape, Tile tile, const S* x,
-                                                   const A* ca, A* sums, A* maxima) {
+  static void channel_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums,
+                            A* maxima) {
     each_group<kGroup>(tile, [&](auto group, int64_t p) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, 0, p);
@@ -122,10 +121,8 @@ struct Nhwc {
     });
   }
 
-  [[gnu::always_inline]] static void backward_stats(const Shape& shape, Tile tile, const S* x,
-                                                    const A* ca, const A* ds0,
-                                                    PixelResults<A> pixel,
-                                                    ChannelResults<A> channel) {
+  static void backward_stats(const Shape& shape, Tile tile, const S* x, const A* ca, const A* ds0,
+                             PixelResults<A> pixel, ChannelResults<A> channel) {
     std::fill_n(channel.sums, shape.padded_c, A{0});
     std::fill_n(channel.dots, shape.padded_c, A{0});
     std::fill_n(channel.maxima, shape.padded_c, -kInfinity<A>);
@@ -182,9 +179,8 @@ struct Nhwc {
     return tile.begin + argmaxima[c];
   }
 
-  [[gnu::always_inline]] static void input_grad(const Shape& shape, Tile tile, const S* g,
-                                                const A* ca, const A* sa,
-                                                const InputGradMaps<A>& maps, S* dx) {
+  static void input_grad(const Shape& shape, Tile tile, const S* g, const A* ca, const A* sa,
+                         const InputGradMaps<A>& maps, S* dx) {
     for (int64_t p = tile.begin; p < tile.end; ++p) {
       const int64_t row = offset(shape, 0, p);
       const Vec<A> ds0 = broadcast(maps.ds0[p]), ds1 = broadcast(maps.ds1[p]);
