@@ -128,10 +128,15 @@ def extensions(decided: CudaPlan, root: Path, *, python_module: bool) -> list[Ex
 
 
 def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import CppExtension, include_paths
 
-    # Errors name our files by their place among the sources, not in the folder of the build.
-    cxx_flags = [f"-ffile-prefix-map={_build.source_dir().parent}{os.sep}=", *_build.cxx_flags()]
+    cxx_flags = [
+        # Errors name our files by their place among the sources, not in the folder of the build.
+        f"-ffile-prefix-map={_build.source_dir().parent}{os.sep}=",
+        # As system headers, torch's give no warnings.
+        *(f"-isystem{path}" for path in include_paths()),
+        *_build.cxx_flags(),
+    ]
     options: dict[str, Any] = {
         # Not a Python module: with this torch leaves its own Python bindings out of the link, so
         # one library serves every CPython.

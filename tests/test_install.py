@@ -145,7 +145,13 @@ def test_sdist(checkout: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for file in ("csrc/sources.txt", "csrc/torch/cpu.cpp", "csrc/cuda/device.cu", "setup.py", "LICENSE"):
+    for file in (
+        "csrc/sources.txt",
+        "csrc/torch/cpu.cpp",
+        "csrc/cuda/device.cu",
+        "setup.py",
+        "LICENSE",
+    ):
         assert file in names
     for file in ("CMakeLists.txt", "Makefile", "tests/test_install.py", "cbam_ext/_compile.py"):
         assert file in names

@@ -66,13 +66,10 @@ void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, Phas
   const PhaseMemory<A>& memory = call.memory;
   call.each_chunk([&](const auto& chunk) {
     const A* const logits = chunk.values(args.logits, p.pixels());
-    GateGrads<S, false> grads{
-        chunk.shape(chunk.features(args.input), chunk.features(args.grad_output))};
-    grads.ca = chunk.values(args.channel_gate, p.c);
-    grads.sa = logits;
-    grads.gate_grads = memory.gate_grads;
-    grads.dots = memory.dots;
-    chunk.sweep(grads);
+    chunk.sweep(GateGrads<S, false>{
+        chunk.shape(chunk.features(args.input), chunk.features(args.grad_output)),
+        chunk.values(args.channel_gate, p.c), logits, memory.gate_grads, nullptr, nullptr, nullptr,
+        memory.dots});
 
     PhaseGrads<S> sums{};
     sums.samples = chunk.samples;
