@@ -1,6 +1,6 @@
 """What the compiled operators mean to PyTorch: gradients, fake kernels, errors where no kernel is.
 
-The library registers schemas and kernels (csrc/operators.h); the stable ABI leaves the rest to
+The library registers schemas and kernels (csrc/torch); the stable ABI leaves the rest to
 Python. Each differentiable operator has a Python function under its ``Autograd`` key. Where a
 gradient is wanted, it applies a ``torch.autograd.Function`` (_autograd.py); elsewhere it goes
 straight to the kernel. So ``cbam::forward`` stays one node in a graph, and inference computes and
