@@ -13,7 +13,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f)
+SOURCES := $(shell find csrc -type f ! -name '*.md')
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
                      -o -name '*.cu' -o -name '*.cuh')
 

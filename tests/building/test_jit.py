@@ -122,7 +122,7 @@ def test_changed_sources_ask_for_a_restart(
     code = """
 import cbam_ext
 cbam_ext.load()
-with open("csrc/ops.cpp", "a") as file:
+with open("csrc/torch/cpu.cpp", "a") as file:
     file.write("// edited\\n")
 cbam_ext.load()
 """
