@@ -13,7 +13,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f)
+SOURCES := $(shell find csrc -type f ! -name '*.md')
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
                      -o -name '*.cu' -o -name '*.cuh')
 
@@ -25,7 +25,7 @@ export TORCH_CUDA_ARCH_LIST
 # Processes that share cores: their threads sleep while they wait, else they take each other's time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all test-tools test-faults bench lint format test-matrix clean
+.PHONY: help demo test test-all test-tools test-faults bench docs lint format test-matrix clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,6 +48,9 @@ test-faults: $(VENV)/.extra-test  ## plant faults and see which tests find them 
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)
+
+docs: $(VENV)/.extra-docs  ## make a site of the pages in docs/: build/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 lint: $(VENV)/.extra-dev  ## check style: ruff and clang-format
 	$(BIN)/ruff check .

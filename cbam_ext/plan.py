@@ -74,7 +74,7 @@ class LaunchPlan:
     kernel_size: int
     backward: bool
     gpu: Gpu
-    # The answer, in the order of csrc/ops.cpp.
+    # The answer, in the order of csrc/torch/launch_plan.cpp.
     vector: int  # elements of an access to feature maps
     chunk: int  # samples that run together
     lanes: int  # threads that share a row of a sweep

@@ -2,26 +2,15 @@
 // backend; knows nothing of PyTorch.
 //
 // Notation of the whole project: N samples, C channels, H x W = P pixels, R hidden units of the
-// MLP, a k x k convolution. "Accumulator" is double for double storage and float for everything
-// else.
+// MLP, a k x k convolution. Storage and accumulator: dtype.h.
 #pragma once
 
 #include <cstdint>
 
+#include "dtype.h"
+#include "rounding.h"  // for all who cut a problem into pieces
+
 namespace cbam {
-
-enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
-
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 enum class Layout {
   kNCHW,  // contiguous: the pixels of a channel lie together

@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "emulate(one_in): runs one in so many of the test's parameters when emulated"
     )
+    config.addinivalue_line("markers", "one_quick: the test is slow but for one of its parameters")
     torch.use_deterministic_algorithms(os.environ.get("CBAM_TEST_DETERMINISTIC") == "1")
 
 
@@ -42,8 +43,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest itself then leaves out what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the marks ``on`` and ``emulate`` say."""
+    """Leaves out what the marks ``on`` and ``emulate`` say, and marks slow what is so mostly."""
     # Who asks for a test with its parameters, as in file::test[emulated-0], gets it.
     everything = any("[" in argument for argument in config.args)
     left_out = [item for item in items if _is_left_out(item, everything)]
@@ -51,6 +53,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
+    _mark_slow([item for item in items if item.get_closest_marker("one_quick")])
+
+
+def _mark_slow(items: list[pytest.Item]) -> None:
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one in by_function.values():
+        quick = of_one[SEED % len(of_one)]  # many runs see all of them
+        for item in of_one:
+            if item is not quick:
+                item.add_marker("slow")
 
 
 def _is_left_out(item: pytest.Item, everything: bool) -> bool:

@@ -129,11 +129,13 @@ def extensions(decided: CudaPlan, root: Path, *, python_module: bool) -> list[Ex
 
 
 def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import CppExtension, include_paths
 
-    # Errors name our files by their place among the sources, not in the folder of the build.
     cxx_flags = [
+        # Errors name our files by their place among the sources, not in the folder of the build.
         f"-ffile-prefix-map={decisions.source_dir().parent}{os.sep}=",
+        # As system headers, torch's give no warnings.
+        *(f"-isystem{path}" for path in include_paths()),
         *decisions.cxx_flags(),
     ]
     options: dict[str, Any] = {

@@ -20,10 +20,10 @@ from pathlib import Path
 MINIMUM_TORCH = (2, 10)
 
 # -g0 because Python's own flags often ask for debug information, which triples the files.
-CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wall")
+CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra")
 # USE_CUDA shows torch's CUDA shims; the host files of the CUDA library need it too.
 CUDA_FLAG = "-DUSE_CUDA"
-NVCC_FLAGS = ("-O3", "-Xcompiler=-fvisibility=hidden", CUDA_FLAG)
+NVCC_FLAGS = ("-O3", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra", CUDA_FLAG)
 
 # The first of each family: its machine code also runs on the later members (that of 8.0 on 8.6 and
 # 8.9), and the PTX of the newest serves what comes later. Not more of them, since each costs about

@@ -64,8 +64,8 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------ operators
 #
-# The arguments are those of the schemas in csrc/operators.h, a bias that is absent is None. Each
-# call of an operator of the opset adds a node to the exporter's graph.
+# The arguments are those of the schemas in csrc/torch/schemas.h, a bias that is absent is None.
+# Each call of an operator of the opset adds a node to the exporter's graph.
 
 
 def _forward(

@@ -9,8 +9,9 @@ that the convolution sees (average and maximum over the channels of ``u = ca * x
     dx = ca du + davg / P + [p is the first largest of c] dmax
 
 The kernels compute the same in fewer passes. This is what they are differentiated by a second time,
-and what they decompose to. Arguments and results are those of the operators (csrc/operators.h) but
-for the flags that say which gradients are wanted; None stands for the gradient of an absent bias.
+and what they decompose to. Arguments and results are those of the operators (csrc/torch/schemas.h)
+but for the flags that say which gradients are wanted; None stands for the gradient of an absent
+bias.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Argument checks of the public functions, in words that say what to change.
 
-The compiled operators check the same things (csrc/checks.cpp) for people who call
+The compiled operators check the same things (csrc/torch/checks.cpp) for people who call
 ``torch.ops.cbam``; there every failure is a RuntimeError, here it is a TypeError or a ValueError
 with the same words.
 """

@@ -22,7 +22,7 @@ class AttentionMaps(Mapping[str, Gates]):
     screen. Save one by ``figure.savefig("maps.png")``; a notebook shows it as a cell's last value.
 
     Example:
-        >>> maps = visualize(CBAM(16), torch.rand(2, 16, 8, 8))
+        >>> maps = cbam_ext.visualize(cbam_ext.CBAM(16), torch.rand(2, 16, 8, 8))
         >>> maps
         AttentionMaps of 2 images
           CBAM: channel gate [2, 16, 1, 1], spatial gate [2, 1, 8, 8]
@@ -78,7 +78,7 @@ class AttentionMaps(Mapping[str, Gates]):
             ValueError: a CBAM ran on another number of samples than there are images.
 
         Example:
-            >>> maps = visualize(CBAM(3), torch.rand(2, 3, 8, 8))
+            >>> maps = cbam_ext.visualize(cbam_ext.CBAM(3), torch.rand(2, 3, 8, 8))
             >>> figure = maps.overlays(alpha=0.5)
         """
         if not 0 <= alpha <= 1:
@@ -98,7 +98,7 @@ class AttentionMaps(Mapping[str, Gates]):
             ImportError: matplotlib is not there.
 
         Example:
-            >>> figure = visualize(CBAM(16), torch.rand(2, 16, 8, 8)).histograms()
+            >>> figure = cbam_ext.visualize(cbam_ext.CBAM(16), torch.rand(2, 16, 8, 8)).histograms()
         """
         return drawing.histograms(self)
 

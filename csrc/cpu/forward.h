@@ -6,14 +6,17 @@
 //   apply          read x, write  y = sa u
 //
 // The last three go tile by tile: as soon as the statistics of a tile and of the rows around it are
-// there, its gate is computed and applied, before its pixels leave the cache (Band in sample.h).
+// there, its gate is computed and applied, before its pixels leave the cache (Band in tiles.h).
+//
+// Where PyTorch runs the layers, three operators do what is around them: pool and channel stats are
+// the first two lines, apply the last one behind a sigmoid.
 //
 // Included once per instruction set by isa.inl.
 
 // The pooled maps of one sample: [tiles, padded C] partial results, then [padded C].
 template <class A>
-struct Pools {
-  Pools(Arena& arena, const Shape& shape)
+struct PoolMemory {
+  PoolMemory(Arena& arena, const Shape& shape)
       : tile_sums(arena.channels<A>(shape, shape.tiles)),
         tile_maxima(arena.channels<A>(shape, shape.tiles)),
         average(arena.channels<A>(shape)),
@@ -53,7 +56,7 @@ inline Vec<A> add_tiles(const Shape& shape, const A* tiles, int64_t c) {
 
 // From tiles to the sample. The sweeps' maxima ignore NaN; here NaN wins.
 template <class Sweeps, class S, class A>
-inline void settle_pools(const Shape& shape, const S* x, const Pools<A>& pools) {
+inline void settle_pools(const Shape& shape, const S* x, const PoolMemory<A>& pools) {
   for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
     Vec<A> maximum = broadcast(-kInfinity<A>);
     for (int64_t t = 0; t < shape.tiles; ++t) {
@@ -75,13 +78,17 @@ inline void settle_pools(const Shape& shape, const S* x, const Pools<A>& pools) 
   std::fill(pools.maximum + shape.c, pools.maximum + shape.padded_c, A{0});
 }
 
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_pool(const Shape& shape, int64_t t, const S* x,
+                                const PoolMemory<A>& pools) {
+  const int64_t at = t * shape.padded_c;
+  Sweeps::pool(shape, Tile(shape, t), x, pools.tile_sums + at, pools.tile_maxima + at);
+}
+
 // The pooled maps of one sample.
 template <class Sweeps, class S, class A>
-inline void pool_sample(const Shape& shape, bool parallel, const S* x, const Pools<A>& pools) {
-  each_tile_backwards(shape, parallel, [&](int64_t t) {
-    const int64_t at = t * shape.padded_c;
-    Sweeps::pool(shape, Tile(shape, t), x, pools.tile_sums + at, pools.tile_maxima + at);
-  });
+inline void pool_sample(const Shape& shape, bool parallel, const S* x, const PoolMemory<A>& pools) {
+  each_tile_backwards(shape, parallel, [&](int64_t t) { tile_pool<Sweeps>(shape, t, x, pools); });
   settle_pools<Sweeps>(shape, x, pools);
 }
 
@@ -89,7 +96,7 @@ inline void pool_sample(const Shape& shape, bool parallel, const S* x, const Poo
 // channel the argmax (where one is asked for).
 template <class Sweeps, class S, class A>
 inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums, A* maxima,
-                         Int<A>* argmax) {
+                         Int<A>* argmaxima) {
   IntVec<A> undefined = {};
   each_vector<A>(tile.size(), [&](int64_t i, auto part) {
     const Vec<A> mean = load(sums + i) / static_cast<A>(shape.c);
@@ -104,7 +111,7 @@ inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
       const A u = ca[c] * load_scalar(x + Sweeps::offset(shape, c, tile.begin + i));
       if (u != u) {
         maxima[i] = kNaN<A>;
-        if (argmax != nullptr) argmax[i] = static_cast<Int<A>>(c);
+        if (argmaxima != nullptr) argmaxima[i] = static_cast<Int<A>>(c);
         break;
       }
     }
@@ -113,23 +120,30 @@ inline void settle_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
 
 // Calls keep(means, maxima) with the statistics of the pixels of one tile.
 template <class Sweeps, class S, class A, class Keep>
-inline void tile_stats(const Shape& shape, Tile tile, const S* x, const A* ca, Keep&& keep) {
+[[gnu::flatten]] void tile_stats(const Shape& shape, Tile tile, const S* x, const A* ca,
+                                 Keep&& keep) {
   A sums[Shape::kMaxTile], maxima[Shape::kMaxTile];
   Sweeps::channel_stats(shape, tile, x, ca, sums, maxima);
   settle_stats<Sweeps>(shape, tile, x, ca, sums, maxima, static_cast<Int<A>*>(nullptr));
   keep(sums, maxima);
 }
 
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_apply(const Shape& shape, Tile tile, const S* x, const A* ca,
+                                 const A* sa, S* y) {
+  Sweeps::apply(shape, tile, x, ca, sa, y);
+}
+
 template <class A>
-struct ForwardScratch {
-  ForwardScratch(Arena& arena, const Shape& shape)
+struct ForwardMemory {
+  ForwardMemory(Arena& arena, const Shape& shape)
       : pools(arena, shape),
-        hidden(arena, shape),
+        hidden_units(arena, shape),
         ca(arena.channels<A>(shape)),
         stats{{arena, shape}, {arena, shape}},
         sa(arena.take<A>(shape.pixels)) {}
-  Pools<A> pools;
-  Hidden<A> hidden;
+  PoolMemory<A> pools;
+  HiddenUnits<A> hidden_units;
   A* ca;                 // [padded C]
   Bordered<A> stats[2];  // mean, maximum
   A* sa;                 // [P]
@@ -139,70 +153,121 @@ template <class S, class Sweeps>
 void forward(const ForwardArgs& args) {
   using A = Acc<S>;
   const Shape shape(args.problem);
-  if (shape.n == 0) return;
-  const int64_t workers = count_workers(shape);
-  const Prepared<Weights<A>> weights(1, shape);
-  weights[0].pack_from(args.parameters, shape);
-  const Prepared<ForwardScratch<A>> scratch(count_scratches(shape, workers), shape);
+  const Prepared<Weights<A>> all_weights(1, shape);
+  const Weights<A>& weights = all_weights[0];
+  weights.pack_from(args.parameters, shape);
 
-  each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
-    const ForwardScratch<A>& s = scratch[worker];
-    const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
-    S* y = static_cast<S*>(args.output) + (args.output == nullptr ? 0 : n * shape.c * shape.pixels);
-
-    pool_sample<Sweeps>(shape, parallel, x, s.pools);
-    mlp_hidden(shape, weights[0], s.pools.average, s.pools.maximum, s.hidden);
-    mlp_gate(shape, weights[0], s.hidden, s.ca);
+  using Memory = ForwardMemory<A>;
+  each_sample<S, Memory>(shape, [&](const Sample<S>& sample, const Memory& memory) {
+    const S* x = sample.features(args.input);
+    pool_sample<Sweeps>(shape, sample.parallel, x, memory.pools);
+    mlp_hidden_units(shape, weights, memory.pools.average, memory.pools.maximum,
+                     memory.hidden_units);
+    mlp_gate(shape, weights, memory.hidden_units, memory.ca);
     if (args.channel_gate != nullptr) {
-      std::copy_n(s.ca, shape.c, static_cast<A*>(args.channel_gate) + n * shape.c);
+      std::copy_n(memory.ca, shape.c, sample.values(args.channel_gate, shape.c));
     }
 
-    A* logits = args.logits == nullptr ? nullptr : static_cast<A*>(args.logits) + n * shape.pixels;
+    A* logits = sample.values(args.logits, shape.pixels);
     const bool gate_wanted = args.spatial_gate != nullptr || args.output != nullptr;
-    A* sa =
-        args.spatial_gate == nullptr ? s.sa : static_cast<A*>(args.spatial_gate) + n * shape.pixels;
-    const A bias = weights[0].conv_bias[0];
+    A* wanted_sa = sample.values(args.spatial_gate, shape.pixels);
+    A* sa = wanted_sa == nullptr ? memory.sa : wanted_sa;
+    S* y = sample.features(args.output);
+    const A bias = weights.conv_bias[0];
     each_tile_and_band(
-        shape, parallel,
+        shape, sample.parallel,
         [&](int64_t t) {
           const Tile tile(shape, t);
-          tile_stats<Sweeps>(shape, tile, x, s.ca, [&](const A* means, const A* maxima) {
-            s.stats[0].fill(shape, tile, means);
-            s.stats[1].fill(shape, tile, maxima);
+          tile_stats<Sweeps>(shape, tile, x, memory.ca, [&](const A* means, const A* maxima) {
+            memory.stats[0].fill(shape, tile, means);
+            memory.stats[1].fill(shape, tile, maxima);
           });
         },
         [&](int64_t t) {
           const Band band(shape, t);
-          convolve_rows<2, 1>(shape, band.first_row, band.last_row, s.stats, weights[0].conv,
+          convolve_rows<2, 1>(shape, band.first_row, band.last_row, memory.stats, weights.conv,
                               [&](int64_t pixel, auto part, const Vec<A>* sums) {
                                 const Vec<A> logit = sums[0] + bias;
                                 if (logits != nullptr) store(logits + pixel, logit, part);
                                 if (gate_wanted) store(sa + pixel, sigmoid(logit), part);
                               });
-          if (args.output != nullptr) Sweeps::apply(shape, band.pixels, x, s.ca, sa, y);
+          if (y != nullptr) tile_apply<Sweeps>(shape, band.pixels, x, memory.ca, sa, y);
         });
   });
 }
 
-// The second phase alone: the logits come from outside.
+// --------------------------------------------------------------------------- parts of forward
+
+template <class S, class Sweeps>
+void pool(const PoolArgs& args) {
+  using A = Acc<S>;
+  const Shape shape(args.problem);
+  using Memory = PoolMemory<A>;
+  each_sample<S, Memory>(shape, [&](const Sample<S>& sample, const Memory& pools) {
+    pool_sample<Sweeps>(shape, sample.parallel, sample.features(args.input), pools);
+    A* pooled = sample.values(args.pooled, 2 * shape.c);
+    std::copy_n(pools.average, shape.c, pooled);
+    std::copy_n(pools.maximum, shape.c, pooled + shape.c);
+  });
+}
+
+// The channel gate, padded with zeros.
+template <class A>
+struct PaddedGate {
+  PaddedGate(Arena& arena, const Shape& shape) : ca(arena.channels<A>(shape)) {}
+  A* ca;  // [padded C]
+};
+
+template <class S, class Sweeps>
+void channel_stats(const ChannelStatsArgs& args) {
+  using A = Acc<S>;
+  const Shape shape(args.problem);
+  using Memory = PaddedGate<A>;
+  each_sample<S, Memory>(shape, [&](const Sample<S>& sample, const Memory& memory) {
+    const S* x = sample.features(args.input);
+    A* stats = sample.values(args.stats, 2 * shape.pixels);
+    std::copy_n(sample.values(args.channel_gate, shape.c), shape.c, memory.ca);
+    for_each_unit(sample.parallel, shape.tiles, [&](int64_t t) {
+      const Tile tile(shape, t);
+      tile_stats<Sweeps>(shape, tile, x, memory.ca, [&](const A* means, const A* maxima) {
+        std::copy_n(means, tile.size(), stats + tile.begin);
+        std::copy_n(maxima, tile.size(), stats + shape.pixels + tile.begin);
+      });
+    });
+  });
+}
+
+// The spatial gate of a tile, from logits that come from outside.
+template <class A>
+inline void sigmoid_tile(Tile tile, const A* logits, A* sa) {
+  each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+    store(sa + tile.begin + i, sigmoid(load(logits + tile.begin + i, part)), part);
+  });
+}
+
+// Both gates of one sample.
+template <class A>
+struct GateMemory {
+  GateMemory(Arena& arena, const Shape& shape)
+      : ca(arena.channels<A>(shape)), sa(arena.take<A>(shape.pixels)) {}
+  A* ca;  // [padded C], padding zero
+  A* sa;  // [P]
+};
+
 template <class S, class Sweeps>
 void apply(const ApplyArgs& args) {
   using A = Acc<S>;
   const Shape shape(args.problem);
-  if (shape.n == 0) return;
-  const int64_t workers = count_workers(shape);
-  const Prepared<Gates<A>> scratch(count_scratches(shape, workers), shape);
-
-  each_sample(shape, workers, [&](int64_t worker, int64_t n, bool parallel) {
-    const Gates<A>& s = scratch[worker];
-    const S* x = static_cast<const S*>(args.input) + n * shape.c * shape.pixels;
-    S* y = static_cast<S*>(args.output) + n * shape.c * shape.pixels;
-    const A* logits = static_cast<const A*>(args.logits) + n * shape.pixels;
-    std::copy_n(static_cast<const A*>(args.channel_gate) + n * shape.c, shape.c, s.ca);
-    for_each_unit(parallel, shape.tiles, [&](int64_t t) {
+  using Memory = GateMemory<A>;
+  each_sample<S, Memory>(shape, [&](const Sample<S>& sample, const Memory& gates) {
+    const S* x = sample.features(args.input);
+    S* y = sample.features(args.output);
+    const A* logits = sample.values(args.logits, shape.pixels);
+    std::copy_n(sample.values(args.channel_gate, shape.c), shape.c, gates.ca);
+    for_each_unit(sample.parallel, shape.tiles, [&](int64_t t) {
       const Tile tile(shape, t);
-      sigmoid_tile(tile, logits, s.sa);
-      Sweeps::apply(shape, tile, x, s.ca, s.sa, y);
+      sigmoid_tile(tile, logits, gates.sa);
+      tile_apply<Sweeps>(shape, tile, x, gates.ca, gates.sa, y);
     });
   });
 }

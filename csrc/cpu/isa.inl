@@ -15,54 +15,24 @@ namespace {
 
 constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
 
-// Storage types of 16 bits. float and double are their own accumulators.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-template <class S>
-using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 
 #include "simd.h"
+#include "tiles.h"
+#include "arena.h"
 #include "sample.h"
-
-// Results of Sweeps::backward_stats, and what Sweeps::input_grad reads.
-template <class A>
-struct PixelStats {
-  A* sums;         // sum_c u
-  A* maxima;       // max_c u
-  Int<A>* argmax;  // its channel
-};
-template <class A>
-struct ChannelStats {
-  A* sums;         // sum_p x
-  A* maxima;       // max_p x
-  Int<A>* argmax;  // its pixel, counted from the tile's begin; only where the layout asks for it
-  A* dots;         // sum_p x ds0
-};
-template <class A>
-struct InputGradMaps {
-  const A* ds0;          // [P] gradient of the mean over channels, divided by C
-  const A* ds1;          // [P] gradient of the maximum over channels
-  const Int<A>* argmax;  // [P] its channel
-  const A* davg;         // [padded C] gradient of the average over pixels, divided by P
-};
-
+#include "grads.h"
 #include "nchw.h"
 #include "nhwc.h"
 #include "mlp.h"
-#include "conv.h"
-#include "gate.h"
+#include "convolution.h"
+#include "parameter_grads.h"
 #include "forward.h"
+#include "apply_backward.h"
 #include "backward.h"
-#include "pieces.h"
 
 // Calls f(storage type, sweeps) for the problem's dtype and layout.
 template <class F>
@@ -72,16 +42,7 @@ void with_kernels(const Problem& problem, F&& f) {
     if (problem.layout == Layout::kNCHW) return f(storage, Nchw<S>{});
     return f(storage, Nhwc<S>{});
   };
-  switch (problem.dtype) {
-    case DType::kFloat64:
-      return with_layout(double{});
-    case DType::kFloat32:
-      return with_layout(float{});
-    case DType::kBFloat16:
-      return with_layout(BFloat16{});
-    case DType::kFloat16:
-      return with_layout(Half{});
-  }
+  with_storage<BFloat16, Half>(problem.dtype, with_layout);
 }
 
 }  // namespace

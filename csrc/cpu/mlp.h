@@ -90,8 +90,8 @@ inline void each_row_times_vectors(const Shape& shape, const A* matrix,
 
 // What one sample's MLP keeps. The average and the maximum have hidden units of their own.
 template <class A>
-struct Hidden {
-  Hidden(Arena& arena, const Shape& shape)
+struct HiddenUnits {
+  HiddenUnits(Arena& arena, const Shape& shape)
       : average(arena.take<A>(shape.hidden)),
         maximum(arena.take<A>(shape.hidden)),
         sum(arena.take<A>(shape.hidden)) {}
@@ -106,13 +106,13 @@ inline A relu(A value) {
 }
 
 template <class A>
-inline void mlp_hidden(const Shape& shape, const Weights<A>& weights, const A* average,
-                       const A* maximum, const Hidden<A>& hidden) {
+inline void mlp_hidden_units(const Shape& shape, const Weights<A>& weights, const A* average,
+                             const A* maximum, const HiddenUnits<A>& units) {
   const A* const pooled[2] = {average, maximum};
   each_row_times_vectors(shape, weights.fc1, pooled, [&](int64_t r, const A* sums) {
-    hidden.average[r] = sums[0] + weights.fc1_bias[r];
-    hidden.maximum[r] = sums[1] + weights.fc1_bias[r];
-    hidden.sum[r] = relu(hidden.average[r]) + relu(hidden.maximum[r]);
+    units.average[r] = sums[0] + weights.fc1_bias[r];
+    units.maximum[r] = sums[1] + weights.fc1_bias[r];
+    units.sum[r] = relu(units.average[r]) + relu(units.maximum[r]);
   });
 }
 
@@ -141,11 +141,11 @@ inline void combine_rows(const Shape& shape, const A* matrix, const A* const (&f
   for (; c < shape.padded_c; c += kLanes<A>) columns_from(std::integral_constant<int, 1>{}, c);
 }
 
-// ca = sigmoid(W2 hidden + 2 b2), padded with zeros.
+// ca = sigmoid(W2 units + 2 b2), padded with zeros.
 template <class A>
-inline void mlp_gate(const Shape& shape, const Weights<A>& weights, const Hidden<A>& hidden,
+inline void mlp_gate(const Shape& shape, const Weights<A>& weights, const HiddenUnits<A>& units,
                      A* ca) {
-  const A* const factors[1] = {hidden.sum};
+  const A* const factors[1] = {units.sum};
   combine_rows(shape, weights.fc2, factors, [&](int64_t c, const Vec<A>* sums) {
     store(ca + c, sigmoid(sums[0] + A{2} * load(weights.fc2_bias + c)));
   });
@@ -160,62 +160,31 @@ struct MlpGrads {
       : average(arena.channels<A>(shape)),
         maximum(arena.channels<A>(shape)),
         dz(arena.channels<A>(shape)),
-        hidden(arena.take<A>(shape.hidden)),
-        dhidden_average(arena.take<A>(shape.hidden)),
-        dhidden_maximum(arena.take<A>(shape.hidden)) {}
-  A* average;          // [padded C] the pooled maps
-  A* maximum;          // [padded C]
-  A* dz;               // [padded C] gradient of the gate's logits
-  A* hidden;           // [R] Hidden::sum
-  A* dhidden_average;  // [R] gradient of Hidden::average
-  A* dhidden_maximum;  // [R] gradient of Hidden::maximum
+        hidden_units(arena.take<A>(shape.hidden)),
+        dunits_average(arena.take<A>(shape.hidden)),
+        dunits_maximum(arena.take<A>(shape.hidden)) {}
+  A* average;         // [padded C] the pooled maps
+  A* maximum;         // [padded C]
+  A* dz;              // [padded C] gradient of the gate's logits
+  A* hidden_units;    // [R] HiddenUnits::sum
+  A* dunits_average;  // [R] gradient of HiddenUnits::average
+  A* dunits_maximum;  // [R] gradient of HiddenUnits::maximum
 };
 
 // From dz to the gradients of both pooled maps.
 template <class A>
-inline void mlp_backward(const Shape& shape, const Weights<A>& weights, const Hidden<A>& hidden,
+inline void mlp_backward(const Shape& shape, const Weights<A>& weights, const HiddenUnits<A>& units,
                          const MlpGrads<A>& grads, A* daverage, A* dmaximum) {
   const A* const dz[1] = {grads.dz};
-  each_row_times_vectors(shape, weights.fc2, dz, [&](int64_t r, const A* dhidden) {
+  each_row_times_vectors(shape, weights.fc2, dz, [&](int64_t r, const A* dunits) {
     // relu'(0) = 0; a NaN lets the gradient through, as PyTorch's threshold_backward does.
-    grads.dhidden_average[r] = hidden.average[r] <= 0 ? 0 : dhidden[0];
-    grads.dhidden_maximum[r] = hidden.maximum[r] <= 0 ? 0 : dhidden[0];
+    grads.dunits_average[r] = units.average[r] <= 0 ? 0 : dunits[0];
+    grads.dunits_maximum[r] = units.maximum[r] <= 0 ? 0 : dunits[0];
   });
-  std::copy_n(hidden.sum, shape.hidden, grads.hidden);
-  const A* const factors[2] = {grads.dhidden_average, grads.dhidden_maximum};
+  std::copy_n(units.sum, shape.hidden, grads.hidden_units);
+  const A* const factors[2] = {grads.dunits_average, grads.dunits_maximum};
   combine_rows(shape, weights.fc1, factors, [&](int64_t c, const Vec<A>* sums) {
     store(daverage + c, sums[0]);
     store(dmaximum + c, sums[1]);
   });
-}
-
-// Sums over the batch: `rows` rows from r of dW1 and of the transposed dW2. Blocks of samples bound
-// the rounding error of long sums.
-template <int rows, class A>
-inline void mlp_weight_grads(const Shape& shape, const Prepared<MlpGrads<A>>& samples, int64_t r,
-                             const Weights<A>& grads) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t c = 0; c < shape.padded_c; c += kLanes<A>) {
-    Vec<A> fc1[rows] = {}, fc2[rows] = {};
-    for (int64_t begin = 0; begin < shape.n; begin += kBlock) {
-      Vec<A> fc1_block[rows] = {}, fc2_block[rows] = {};
-      for (int64_t n = begin; n < std::min(begin + kBlock, shape.n); ++n) {
-        const MlpGrads<A>& s = samples[n];
-        const Vec<A> average = load(s.average + c), maximum = load(s.maximum + c);
-        const Vec<A> dz = load(s.dz + c);
-        for (int i = 0; i < rows; ++i) {
-          fc1_block[i] += s.dhidden_average[r + i] * average + s.dhidden_maximum[r + i] * maximum;
-          fc2_block[i] += s.hidden[r + i] * dz;
-        }
-      }
-      for (int i = 0; i < rows; ++i) {
-        fc1[i] += fc1_block[i];
-        fc2[i] += fc2_block[i];
-      }
-    }
-    for (int i = 0; i < rows; ++i) {
-      store(grads.fc1 + (r + i) * shape.padded_c + c, fc1[i]);
-      store(grads.fc2 + (r + i) * shape.padded_c + c, fc2[i]);
-    }
-  }
 }

@@ -6,9 +6,10 @@
 // Rows of kGroup channels are walked side by side: their sums are independent, so additions of one
 // do not wait for another, and the maps per pixel are loaded and stored once for all of them.
 //
-// The sweeps that several functions share are inlined into each: as functions of their own they
-// would load the pointers of their arguments again after every store of a vector, which may alias
-// them.
+// Who calls them for a tile is marked [[gnu::flatten]]: all of a sweep, down to the loads, becomes
+// one function. Compilers would else decide that by the size of the whole file; and a piece left
+// as a function of its own loads the pointers of its arguments again after every store of a
+// vector, which may alias them.
 //
 // Included once per instruction set by isa.inl.
 
@@ -28,8 +29,7 @@ struct Nchw {
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return c * shape.pixels + p; }
 
   // sum_p x and max_p x per channel (the maximum ignores NaN; see settle_pools).
-  [[gnu::always_inline]] static void pool(const Shape& shape, Tile tile, const S* x, A* sums,
-                                          A* maxima) {
+  static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, c, tile.begin);
@@ -54,8 +54,8 @@ struct Nchw {
   }
 
   // sum_c u and max_c u per pixel, u = ca x (the maximum ignores NaN; see settle_stats).
-  [[gnu::always_inline]] static void channel_stats(const Shape& shape, Tile tile, const S* x,
-                                                   const A* ca, A* sums, A* maxima) {
+  static void channel_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums,
+                            A* maxima) {
     std::fill_n(sums, tile.size(), A{0});
     std::fill_n(maxima, tile.size(), -kInfinity<A>);
     each_group(shape.c, [&](auto group, int64_t c) {
@@ -86,37 +86,36 @@ struct Nchw {
   }
 
   // sum_c g u per pixel and sum_p g sa x per channel.
-  static void gate_sums(const Shape& shape, Tile tile, const S* x, const S* g, const A* ca,
-                        const A* sa, A* per_pixel, A* per_channel) {
-    std::fill_n(per_pixel, tile.size(), A{0});
+  static void gate_grads(const Shape& shape, Tile tile, const S* x, const S* g, const A* ca,
+                         const A* sa, A* grads, A* dots) {
+    std::fill_n(grads, tile.size(), A{0});
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const int64_t rows = offset(shape, c, tile.begin);
-      Vec<A> channel_sum[G] = {};
+      Vec<A> dot[G] = {};
       each_vector<A>(tile.size(), [&](int64_t i, auto part) {
         const Vec<A> gate = load(sa + tile.begin + i, part);
-        Vec<A> pixel_sum = Vec<A>{};
+        Vec<A> grad = Vec<A>{};
         for (int k = 0; k < G; ++k) {
           const int64_t at = rows + k * shape.pixels + i;
           const Vec<A> product = load(g + at, part) * load(x + at, part);
-          pixel_sum += ca[c + k] * product;
-          channel_sum[k] += gate * product;
+          grad += ca[c + k] * product;
+          dot[k] += gate * product;
         }
-        store(per_pixel + i, load(per_pixel + i) + pixel_sum);
+        store(grads + i, load(grads + i) + grad);
       });
-      const auto total = reduce_lanes<Add, G>(channel_sum);
-      for (int k = 0; k < G; ++k) per_channel[c + k] = total[k];
+      const auto total = reduce_lanes<Add, G>(dot);
+      for (int k = 0; k < G; ++k) dots[c + k] = total[k];
     });
   }
 
   // Backward's sweep over x alone: channel_stats with the channel of the maximum, pool with the
   // pixel of the maximum, and sum_p x ds0 per channel.
-  [[gnu::always_inline]] static void backward_stats(const Shape& shape, Tile tile, const S* x,
-                                                    const A* ca, const A* ds0, PixelStats<A> pixel,
-                                                    ChannelStats<A> channel) {
+  static void backward_stats(const Shape& shape, Tile tile, const S* x, const A* ca, const A* ds0,
+                             PixelResults<A> pixel, ChannelResults<A> channel) {
     std::fill_n(pixel.sums, tile.size(), A{0});
     std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);
-    std::fill_n(pixel.argmax, tile.size(), Int<A>{0});
+    std::fill_n(pixel.argmaxima, tile.size(), Int<A>{0});
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, c, tile.begin);
@@ -128,7 +127,7 @@ struct Nchw {
       each_vector<A>(tile.size(), [&](int64_t i, auto part) {
         const Vec<A> weight = load(ds0 + tile.begin + i, part);
         Vec<A> sum = Vec<A>{}, maximum = load(pixel.maxima + i);
-        IntVec<A> argmax = load_index<A>(pixel.argmax + i);
+        IntVec<A> argmax = load_index<A>(pixel.argmaxima + i);
         for (int g = 0; g < G; ++g) {
           const Vec<A> v = load(rows + g * shape.pixels + i, part);
           const Vec<A> u = ca[c + g] * v;
@@ -142,7 +141,7 @@ struct Nchw {
         }
         store(pixel.sums + i, load(pixel.sums + i) + sum);
         store(pixel.maxima + i, maximum);
-        store_index<A>(pixel.argmax + i, argmax);
+        store_index<A>(pixel.argmaxima + i, argmax);
       });
       const auto sums = reduce_lanes<Add, G>(pool_sum), dots = reduce_lanes<Add, G>(dot);
       const auto maxima = reduce_lanes<Max, G>(pool_maximum);
@@ -156,7 +155,7 @@ struct Nchw {
 
   // The first pixel of the tile where channel c of x is `maximum`.
   static int64_t find_argmax(const Shape& shape, Tile tile, const S* x, int64_t c, A maximum,
-                             const Int<A>* /*argmax*/) {
+                             const Int<A>* /*argmaxima*/) {
     const S* row = x + offset(shape, c, tile.begin);
     int64_t i = 0;
     for (; i + kLanes<A> <= tile.size(); i += kLanes<A>) {
@@ -167,11 +166,10 @@ struct Nchw {
     return tile.begin + i;
   }
 
-  // dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + davg, ds0 and davg already divided by the
-  // counts of their means. The gradient of the maximum over pixels is added by the caller.
-  [[gnu::always_inline]] static void input_grad(const Shape& shape, Tile tile, const S* g,
-                                                const A* ca, const A* sa,
-                                                const InputGradMaps<A>& maps, S* dx) {
+  // dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + daverage, ds0 and daverage already divided
+  // by the counts of their means. The gradient of the maximum over pixels is added by the caller.
+  static void input_grad(const Shape& shape, Tile tile, const S* g, const A* ca, const A* sa,
+                         const InputGradMaps<A>& maps, S* dx) {
     each_group(shape.c, [&](auto group, int64_t c) {
       constexpr int G = decltype(group)::value;
       const int64_t rows = offset(shape, c, tile.begin);
@@ -179,12 +177,12 @@ struct Nchw {
         const int64_t p = tile.begin + i;
         const Vec<A> gate = load(sa + p, part), ds0 = load(maps.ds0 + p);
         const Vec<A> ds1 = load(maps.ds1 + p);
-        const IntVec<A> argmax = load_index<A>(maps.argmax + p);
+        const IntVec<A> argmax = load_index<A>(maps.argmaxima + p);
         for (int k = 0; k < G; ++k) {
           const int64_t at = rows + k * shape.pixels + i;
           Vec<A> du = load(g + at, part) * gate + ds0;
           du += argmax == static_cast<Int<A>>(c + k) ? ds1 : Vec<A>{};
-          store(dx + at, ca[c + k] * du + maps.davg[c + k], part);
+          store(dx + at, ca[c + k] * du + maps.daverage[c + k], part);
         }
       });
     });

@@ -3,8 +3,8 @@
 // Same functions as nchw.h. Sums per pixel run along the lanes, so several pixels are walked side
 // by side and their vectors reduced together; sums per channel stay in the lanes.
 //
-// Arrays per channel (ca, partial sums, davg) are padded to whole vectors, so only x, g, y and dx
-// know about a last, partial vector of channels.
+// Arrays per channel (ca, partial sums, daverage) are padded to whole vectors, so only x, g, y and
+// dx know about a last, partial vector of channels.
 //
 // Included once per instruction set by isa.inl.
 
@@ -24,8 +24,7 @@ struct Nhwc {
 
   static int64_t offset(const Shape& shape, int64_t c, int64_t p) { return p * shape.c + c; }
 
-  [[gnu::always_inline]] static void pool(const Shape& shape, Tile tile, const S* x, A* sums,
-                                          A* maxima) {
+  static void pool(const Shape& shape, Tile tile, const S* x, A* sums, A* maxima) {
     constexpr int kColumns = 4;          // vectors of channels held in registers
     constexpr int64_t kPixelBlock = 64;  // pixels before the next columns, so that x stays cached
     std::fill_n(sums, shape.padded_c, A{0});
@@ -63,8 +62,8 @@ struct Nhwc {
     }
   }
 
-  [[gnu::always_inline]] static void channel_stats(const Shape& shape, Tile tile, const S* x,
-                                                   const A* ca, A* sums, A* maxima) {
+  static void channel_stats(const Shape& shape, Tile tile, const S* x, const A* ca, A* sums,
+                            A* maxima) {
     each_group<kGroup>(tile, [&](auto group, int64_t p) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, 0, p);
@@ -99,36 +98,35 @@ struct Nhwc {
     }
   }
 
-  static void gate_sums(const Shape& shape, Tile tile, const S* x, const S* g, const A* ca,
-                        const A* sa, A* per_pixel, A* per_channel) {
-    std::fill_n(per_channel, shape.padded_c, A{0});
+  static void gate_grads(const Shape& shape, Tile tile, const S* x, const S* g, const A* ca,
+                         const A* sa, A* grads, A* dots) {
+    std::fill_n(dots, shape.padded_c, A{0});
     each_group<kGroup>(tile, [&](auto group, int64_t p) {
       constexpr int G = decltype(group)::value;
       const int64_t rows = offset(shape, 0, p);
-      Vec<A> pixel_sum[G] = {};
+      Vec<A> grad[G] = {};
       each_vector<A>(shape.c, [&](int64_t c, auto part) {
         const Vec<A> gate = load(ca + c);
-        Vec<A> channel_sum = Vec<A>{};
+        Vec<A> dot = Vec<A>{};
         for (int k = 0; k < G; ++k) {
           const int64_t at = rows + k * shape.c + c;
           const Vec<A> product = load(g + at, part) * load(x + at, part);
-          pixel_sum[k] += gate * product;
-          channel_sum += sa[p + k] * product;
+          grad[k] += gate * product;
+          dot += sa[p + k] * product;
         }
-        store(per_channel + c, load(per_channel + c) + channel_sum);
+        store(dots + c, load(dots + c) + dot);
       });
-      const auto total = reduce_lanes<Add, G>(pixel_sum);
-      for (int k = 0; k < G; ++k) per_pixel[p - tile.begin + k] = total[k];
+      const auto total = reduce_lanes<Add, G>(grad);
+      for (int k = 0; k < G; ++k) grads[p - tile.begin + k] = total[k];
     });
   }
 
-  [[gnu::always_inline]] static void backward_stats(const Shape& shape, Tile tile, const S* x,
-                                                    const A* ca, const A* ds0, PixelStats<A> pixel,
-                                                    ChannelStats<A> channel) {
+  static void backward_stats(const Shape& shape, Tile tile, const S* x, const A* ca, const A* ds0,
+                             PixelResults<A> pixel, ChannelResults<A> channel) {
     std::fill_n(channel.sums, shape.padded_c, A{0});
     std::fill_n(channel.dots, shape.padded_c, A{0});
     std::fill_n(channel.maxima, shape.padded_c, -kInfinity<A>);
-    std::fill_n(channel.argmax, shape.padded_c, Int<A>{0});
+    std::fill_n(channel.argmaxima, shape.padded_c, Int<A>{0});
     each_group<kSmallGroup>(tile, [&](auto group, int64_t p) {
       constexpr int G = decltype(group)::value;
       const S* rows = x + offset(shape, 0, p);
@@ -143,7 +141,7 @@ struct Nhwc {
         const Vec<A> gate = load(ca + c);
         const IntVec<A> channels = iota<A>() + static_cast<Int<A>>(c);
         Vec<A> pool_sum = Vec<A>{}, pool_dot = Vec<A>{}, pool_maximum = load(channel.maxima + c);
-        IntVec<A> pool_argmax = load_index<A>(channel.argmax + c);
+        IntVec<A> pool_argmax = load_index<A>(channel.argmaxima + c);
         for (int g = 0; g < G; ++g) {
           const Vec<A> v = load(rows + g * shape.c + c, part);
           const Vec<A> u = fill_absent(gate * v, part, -kInfinity<A>);
@@ -160,7 +158,7 @@ struct Nhwc {
         store(channel.sums + c, load(channel.sums + c) + pool_sum);
         store(channel.dots + c, load(channel.dots + c) + pool_dot);
         store(channel.maxima + c, pool_maximum);
-        store_index<A>(channel.argmax + c, pool_argmax);
+        store_index<A>(channel.argmaxima + c, pool_argmax);
       });
       const auto total = reduce_lanes<Add, G>(sum), highest = reduce_lanes<Max, G>(maximum);
       for (int g = 0; g < G; ++g) {
@@ -171,27 +169,26 @@ struct Nhwc {
       for (int g = 0; g < G; ++g) {
         pixel.sums[p - tile.begin + g] = total[g];
         pixel.maxima[p - tile.begin + g] = highest[g];
-        pixel.argmax[p - tile.begin + g] = first[g];
+        pixel.argmaxima[p - tile.begin + g] = first[g];
       }
     });
   }
 
   static int64_t find_argmax(const Shape&, Tile tile, const S*, int64_t c, A /*maximum*/,
-                             const Int<A>* argmax) {
-    return tile.begin + argmax[c];
+                             const Int<A>* argmaxima) {
+    return tile.begin + argmaxima[c];
   }
 
-  [[gnu::always_inline]] static void input_grad(const Shape& shape, Tile tile, const S* g,
-                                                const A* ca, const A* sa,
-                                                const InputGradMaps<A>& maps, S* dx) {
+  static void input_grad(const Shape& shape, Tile tile, const S* g, const A* ca, const A* sa,
+                         const InputGradMaps<A>& maps, S* dx) {
     for (int64_t p = tile.begin; p < tile.end; ++p) {
       const int64_t row = offset(shape, 0, p);
       const Vec<A> ds0 = broadcast(maps.ds0[p]), ds1 = broadcast(maps.ds1[p]);
       each_vector<A>(shape.c, [&](int64_t c, auto part) {
         const IntVec<A> channels = iota<A>() + static_cast<Int<A>>(c);
         Vec<A> du = load(g + row + c, part) * sa[p] + ds0;
-        du += channels == maps.argmax[p] ? ds1 : Vec<A>{};
-        store(dx + row + c, load(ca + c) * du + load(maps.davg + c), part);
+        du += channels == maps.argmaxima[p] ? ds1 : Vec<A>{};
+        store(dx + row + c, load(ca + c) * du + load(maps.daverage + c), part);
       });
     }
   }

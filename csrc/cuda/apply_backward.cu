@@ -5,14 +5,9 @@
 //   2  phase gradients  small maps   the spans added up: the gradients of the logits and of ca, and
 //                                    sa for the backward of the rest
 //
-// The first is a sweep (sweep.cuh, sums.cuh); a chunk's part of its inputs is read once.
+// The first is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
-#include <algorithm>
-
-#include "dispatch.cuh"
-#include "launch.cuh"
-#include "sums.cuh"
-#include "workspace.h"
+#include "call.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -65,57 +60,42 @@ struct PhaseMemory {
 };
 
 template <class S, Layout layout, int W>
-void apply_backward(const ApplyBackwardArgs& args, const Plan& plan, const Queue& queue) {
+void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, PhaseMemory>& call) {
   using A = Acc<S>;
-  const Problem& p = args.problem;
-  const Sweep& sweep = plan.sweep;
-  Arena arena(queue.workspace);
-  const PhaseMemory<A> memory(arena, p, plan);
-  Launcher launcher(queue);
-  for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const int64_t samples = std::min(plan.chunk, p.n - first);
-    const int64_t element = first * p.c * p.pixels(), pixel = first * p.pixels();
-    const A* const logits = static_cast<const A*>(args.logits) + pixel;
-    const Body<S> shape{p.c,
-                        p.pixels(),
-                        sweep.pixel_spans,
-                        sweep.channel_spans,
-                        static_cast<const S*>(args.input) + element,
-                        static_cast<const S*>(args.grad_output) + element};
-    using Grads = GateGrads<S, false>;
-    const Grads grads{shape,   static_cast<const A*>(args.channel_gate) + first * p.c,
-                      logits,  memory.gate_grads,
-                      nullptr, nullptr,
-                      nullptr, memory.dots};
-    launch_sweep<layout, W>(launcher, sweep, samples, grads);
+  const Problem& p = call.problem;
+  const PhaseMemory<A>& memory = call.memory;
+  call.each_chunk([&](const auto& chunk) {
+    const A* const logits = chunk.values(args.logits, p.pixels());
+    chunk.sweep(GateGrads<S, false>{
+        chunk.shape(chunk.features(args.input), chunk.features(args.grad_output)),
+        chunk.values(args.channel_gate, p.c), logits, memory.gate_grads, nullptr, nullptr, nullptr,
+        memory.dots});
 
-    const PhaseGrads<S> sums{samples,
-                             p.c,
-                             p.pixels(),
-                             sweep.pixel_spans,
-                             sweep.channel_spans,
-                             memory.gate_grads,
-                             memory.dots,
-                             logits,
-                             static_cast<A*>(args.grad_channel_gate) + first * p.c,
-                             static_cast<A*>(args.grad_logits) + pixel,
-                             static_cast<A*>(args.spatial_gate) + pixel};
-    launcher.launch_each(phase_grads_kernel<S>, samples * std::max(p.c, p.pixels()), sums);
-  }
+    PhaseGrads<S> sums{};
+    sums.samples = chunk.samples;
+    sums.channels = p.c;
+    sums.pixels = p.pixels();
+    sums.pixel_spans = call.plan.sweep.pixel_spans;
+    sums.channel_spans = call.plan.sweep.channel_spans;
+    sums.gate_grads = memory.gate_grads;
+    sums.dots = memory.dots;
+    sums.logits = logits;
+    sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
+    sums.grad_logits = chunk.values(args.grad_logits, p.pixels());
+    sums.sa = chunk.values(args.spatial_gate, p.pixels());
+    call.launcher.launch_each(phase_grads_kernel<S>, chunk.samples * std::max(p.c, p.pixels()),
+                              sums);
+  });
 }
 
 }  // namespace
 
 int64_t workspace_bytes(const ApplyBackwardArgs& args, const Device& device) {
-  return bytes_of<PhaseMemory>(args.problem, make_plan(args.problem, Pass::kBackward, device));
+  return bytes_for<PhaseMemory>(args, Pass::kBackward, device);
 }
-
 void run(const ApplyBackwardArgs& args, const Queue& queue) {
-  const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
-  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
-    apply_backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan,
-                                                                                       queue);
-  });
+  with_call<PhaseMemory>(args, Pass::kBackward, queue,
+                         [&](const auto& call) { apply_backward(args, call); });
 }
 
 }  // namespace cbam::cuda

@@ -12,7 +12,7 @@
 //   5  parameters       small vectors    sums over the batch
 //
 // A chunk of x and g stays in the L2 cache, so that two reads and the write reach memory. Launches
-// 1, 3 and 4 are sweeps (sweep.cuh, sums.cuh) with a block for each span of rows and columns;
+// 1, 3 and 4 are sweeps (sweep.cuh, bodies.cuh) with a block for each span of rows and columns;
 // launch 2 has a block for each tile (map_grads.cuh). Grids: plan.cpp.
 //
 // Where a norm stands between the phases of forward, the gradient of the second phase is an
@@ -25,15 +25,11 @@
 //   ChannelStatsBackwardArgs   reads x twice               ends there, with the gradient of ca
 //   PoolBackwardArgs           reads x twice, g; writes dx goes on with launch 4
 
-#include <algorithm>
 #include <numeric>
 
-#include "dispatch.cuh"
-#include "launch.cuh"
+#include "call.cuh"
 #include "map_grads.cuh"
 #include "parameter_grads.cuh"
-#include "sums.cuh"
-#include "workspace.h"
 
 namespace cbam::cuda {
 namespace {
@@ -87,108 +83,82 @@ struct BackwardMemory {
   A* gate_dots;     // [chunk, pixel spans, C]
 };
 
-// --------------------------------------------------------------------------------- launches
+// ---------------------------------------------------------------------------------- launches
 
-// One chunk of samples: `first` of the batch and `samples` of them. The sweeps, and what stands
-// between them where PyTorch runs the layers.
+// The launches of one chunk that sweep, and what stands between them where PyTorch runs the layers.
 template <class S, Layout layout, int W>
-class Chunk {
+class Sweeps {
  public:
   using A = Acc<S>;
 
-  Chunk(const Problem& problem, const Plan& plan, const SweepMemory<A>& memory, Launcher& launcher,
-        int64_t first, const void* input, const void* channel_gate)
-      : first(first),
-        samples(std::min(plan.chunk, problem.n - first)),
-        problem_(problem),
-        sweep_(plan.sweep),
+  Sweeps(const Chunk<S, layout, W>& chunk, const SweepMemory<A>& memory, const void* input,
+         const void* channel_gate)
+      : chunk_(chunk),
         memory_(memory),
-        launcher_(launcher),
-        x_(part(input)),
-        ca_(part(static_cast<const A*>(channel_gate), problem.c)) {}
-
-  // The chunk's part of an array with so many elements for each sample.
-  template <class T>
-  T* part(T* batch, int64_t elements) const {
-    return batch + first * elements;
-  }
-  // Of a feature map.
-  const S* part(const void* map) const {
-    return part(static_cast<const S*>(map), problem_.c * problem_.pixels());
-  }
+        x_(chunk.features(input)),
+        ca_(chunk.values(channel_gate, chunk.problem.c)) {}
 
   void launch_gate_grads(const S* g, const A* sa, A* gate_grads, A* gate_dots) const {
-    launch(GateGrads<S, true>{shape(x_, g), ca_, sa, gate_grads, memory_.sums, memory_.maxima,
-                              memory_.argmaxima, gate_dots});
+    chunk_.sweep(GateGrads<S, true>{chunk_.shape(x_, g), ca_, sa, gate_grads, memory_.sums,
+                                    memory_.maxima, memory_.argmaxima, gate_dots});
   }
 
   void launch_stats() const {
-    launch(ChannelStats<S, true>{shape(x_, nullptr), ca_, memory_.sums, memory_.maxima,
-                                 memory_.argmaxima});
+    chunk_.sweep(ChannelStats<S, true>{chunk_.shape(x_), ca_, memory_.sums, memory_.maxima,
+                                       memory_.argmaxima});
   }
 
   // In the place of launch 2; sa may be null where no gradient of x is taken.
   void launch_pixel_grads(const A* grad_stats, const A* sa) const {
+    const Problem& p = chunk_.problem;
     PixelGrads<A> grads{};
-    grads.samples = samples;
-    grads.height = problem_.h;
-    grads.width = problem_.w;
-    grads.inverse_channels = A{1} / static_cast<A>(problem_.c);
+    grads.samples = chunk_.samples;
+    grads.height = p.h;
+    grads.width = p.w;
+    grads.inverse_channels = A{1} / static_cast<A>(p.c);
     grads.maxima = memory_.maxima;
     grads.argmaxima = memory_.argmaxima;
-    grads.spans = sweep_.channel_spans;
+    grads.spans = chunk_.plan.sweep.channel_spans;
     grads.sa = sa;
     grads.grad_stats = grad_stats;
     grads.pixel_grads = memory_.pixel_grads;
-    launcher_.launch_each(pixel_grads_kernel<A>, samples * problem_.pixels(), grads);
+    chunk_.launcher.launch_each(pixel_grads_kernel<A>, chunk_.samples * p.pixels(), grads);
   }
 
   // `mlp` with what it needs beside shapes and the memory of the sweeps.
   void launch_pool(MlpBackward<S> mlp) const {
-    mlp.channels = problem_.c;
-    mlp.hidden = problem_.hidden;
-    mlp.inverse_pixels = A{1} / static_cast<A>(problem_.pixels());
-    mlp.spans = sweep_.pixel_spans;
-    mlp.span_pixels = sweep_.span_pixels;
+    const Problem& p = chunk_.problem;
+    mlp.channels = p.c;
+    mlp.hidden = p.hidden;
+    mlp.inverse_pixels = A{1} / static_cast<A>(p.pixels());
+    mlp.spans = chunk_.plan.sweep.pixel_spans;
+    mlp.span_pixels = chunk_.plan.sweep.span_pixels;
     mlp.channel_gate = ca_;
     mlp.channel_grads = memory_.channel_grads;
-    launch(BackwardPool<S>{shape(x_, nullptr), memory_.pixel_grads, memory_.pool_sums,
-                           memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots,
-                           memory_.counters + first, mlp});
+    chunk_.sweep(BackwardPool<S>{chunk_.shape(x_), memory_.pixel_grads, memory_.pool_sums,
+                                 memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots,
+                                 memory_.counters + chunk_.first, mlp});
   }
 
-  void launch_input_grad(const S* g, void* grad_input) const {
-    S* const dx = part(static_cast<S*>(grad_input), problem_.c * problem_.pixels());
-    launch(InputGrad<S>{shape(g, nullptr), dx, ca_, memory_.pixel_grads, memory_.channel_grads});
+  void launch_input_grad(const S* g, S* dx) const {
+    chunk_.sweep(
+        InputGrad<S>{chunk_.shape(g), dx, ca_, memory_.pixel_grads, memory_.channel_grads});
   }
-
-  const int64_t first, samples;
 
  private:
-  template <class B>
-  void launch(const B& body) const {
-    launch_sweep<layout, W>(launcher_, sweep_, samples, body);
-  }
-
-  Body<S> shape(const S* x, const S* g) const {
-    return {problem_.c, problem_.pixels(), sweep_.pixel_spans, sweep_.channel_spans, x, g};
-  }
-
-  const Problem& problem_;
-  const Sweep& sweep_;
+  const Chunk<S, layout, W>& chunk_;
   const SweepMemory<A>& memory_;
-  Launcher& launcher_;
   const S* const x_;
   const A* const ca_;
 };
 
 // Launch 2.
-template <class S>
-void launch_map_grads(Launcher& launcher, const BackwardArgs& args, const Plan& plan,
-                      const BackwardMemory<Acc<S>>& memory, int64_t first, int64_t samples,
-                      bool writes_pixel_grads) {
+template <class S, Layout layout, int W>
+void launch_map_grads(const Chunk<S, layout, W>& chunk, const BackwardArgs& args,
+                      const BackwardMemory<Acc<S>>& memory, bool writes_pixel_grads) {
   using A = Acc<S>;
-  const Problem& p = args.problem;
+  const Problem& p = chunk.problem;
+  const Plan& plan = chunk.plan;
   const SweepMemory<A>& sweeps = memory.sweeps;
   MapGrads<S> grads{};
   grads.tiling = plan.tiling;
@@ -198,10 +168,8 @@ void launch_map_grads(Launcher& launcher, const BackwardArgs& args, const Plan& 
   grads.kernel = static_cast<int>(p.kernel);
   grads.conv_weight = args.parameters.conv_weight;
   grads.gate_grads = memory.gate_grads;
-  if (args.grad_logits != nullptr) {
-    grads.given_dlogits = static_cast<const A*>(args.grad_logits) + first * p.pixels();
-  }
-  grads.sa = static_cast<const A*>(args.spatial_gate) + first * p.pixels();
+  grads.given_dlogits = chunk.values(args.grad_logits, p.pixels());
+  grads.sa = chunk.values(args.spatial_gate, p.pixels());
   grads.sums = sweeps.sums;
   grads.maxima = sweeps.maxima;
   grads.argmaxima = sweeps.argmaxima;
@@ -209,34 +177,34 @@ void launch_map_grads(Launcher& launcher, const BackwardArgs& args, const Plan& 
   if (writes_pixel_grads) grads.pixel_grads = sweeps.pixel_grads;
   if (args.conv_grads) {
     const int64_t size = 2 * p.kernel * p.kernel + 1;
-    grads.conv_grads = memory.conv_grads + first * plan.tiling.tiles * size;
+    grads.conv_grads = chunk.part(memory.conv_grads, plan.tiling.tiles * size);
   }
-  launcher.launch(map_grads_kernel<S>, samples * plan.tiling.tiles,
-                  plan.tiling.staged ? staged_bytes(plan.tiling, p, 3, 0) : kPlaceBytes, grads);
+  chunk.launcher.launch(map_grads_kernel<S>, chunk.samples * plan.tiling.tiles,
+                        plan.tiling.staged ? staged_bytes(plan.tiling, p, 3, 0) : kPlaceBytes,
+                        grads);
 }
 
 // Launch 3's MLP.
-template <class S>
-MlpBackward<S> mlp_backward(const BackwardArgs& args, const Plan& plan,
-                            const BackwardMemory<Acc<S>>& memory, int64_t first) {
-  const Problem& p = args.problem;
-  const int64_t first_channel = first * p.c, first_unit = first * 2 * p.hidden;
+template <class S, Layout layout, int W>
+MlpBackward<S> mlp_backward(const Chunk<S, layout, W>& chunk, const BackwardArgs& args,
+                            const BackwardMemory<Acc<S>>& memory) {
+  const Problem& p = chunk.problem;
   MlpBackward<S> mlp{};
   mlp.fc1_weight = args.parameters.fc1_weight;
   mlp.fc1_bias = args.parameters.fc1_bias;
   mlp.fc2_weight = args.parameters.fc2_weight;
   mlp.fc2_bias = args.parameters.fc2_bias;
-  mlp.pooled = memory.pooled + 2 * first_channel;
-  mlp.hidden_units = memory.hidden_units + first_unit;
+  mlp.pooled = chunk.part(memory.pooled, 2 * p.c);
+  mlp.hidden_units = chunk.part(memory.hidden_units, 2 * p.hidden);
   if (args.grad_channel_gate != nullptr) {
-    mlp.gate_grads = static_cast<const Acc<S>*>(args.grad_channel_gate) + first_channel;
+    mlp.gate_grads = chunk.values(args.grad_channel_gate, p.c);
     mlp.gate_spans = 1;
   } else {
     mlp.gate_grads = memory.gate_dots;
-    mlp.gate_spans = plan.sweep.pixel_spans;
+    mlp.gate_spans = chunk.plan.sweep.pixel_spans;
   }
-  mlp.dz = memory.dz + first_channel;
-  mlp.dunits = memory.dunits + first_unit;
+  mlp.dz = chunk.part(memory.dz, p.c);
+  mlp.dunits = chunk.part(memory.dunits, 2 * p.hidden);
   return mlp;
 }
 
@@ -273,115 +241,88 @@ void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const 
                   kThreads * static_cast<int64_t>(sizeof(Acc<S>)), grads);
 }
 
-// ------------------------------------------------------------------------------------- host
+// --------------------------------------------------------------------------------- operators
 
 template <class S, Layout layout, int W>
-void backward(const BackwardArgs& args, const Plan& plan, const Queue& queue) {
-  using A = Acc<S>;
-  const Problem& p = args.problem;
-  Arena arena(queue.workspace);
-  const BackwardMemory<A> memory(arena, p, plan);
-  Launcher launcher(queue);
-  launcher.clear(memory.sweeps.counters, p.n);
+void backward(const BackwardArgs& args, const Call<S, layout, W, BackwardMemory>& call) {
+  const int64_t pixels = call.problem.pixels();
+  const auto& memory = call.memory;
+  call.launcher.clear(memory.sweeps.counters, call.problem.n);
   const bool sweeps_again = args.mlp_grads || args.grad_input != nullptr;
-  for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const Chunk<S, layout, W> chunk(p, plan, memory.sweeps, launcher, first, args.input,
-                                    args.channel_gate);
-    const S* const g = chunk.part(args.grad_output);
+  call.each_chunk([&](const auto& chunk) {
+    const Sweeps sweeps(chunk, memory.sweeps, args.input, args.channel_gate);
+    const auto* const g = chunk.features(args.grad_output);
     if (args.grad_logits == nullptr) {
-      const A* const sa = chunk.part(static_cast<const A*>(args.spatial_gate), p.pixels());
-      chunk.launch_gate_grads(g, sa, memory.gate_grads, memory.gate_dots);
+      sweeps.launch_gate_grads(g, chunk.values(args.spatial_gate, pixels), memory.gate_grads,
+                               memory.gate_dots);
     } else {
-      chunk.launch_stats();
+      sweeps.launch_stats();
     }
-    launch_map_grads<S>(launcher, args, plan, memory, first, chunk.samples, sweeps_again);
-    if (sweeps_again) chunk.launch_pool(mlp_backward<S>(args, plan, memory, first));
-    if (args.grad_input != nullptr) chunk.launch_input_grad(g, args.grad_input);
-  }
-  launch_parameter_grads<S>(launcher, args, plan, memory);
+    launch_map_grads(chunk, args, memory, sweeps_again);
+    if (sweeps_again) sweeps.launch_pool(mlp_backward(chunk, args, memory));
+    if (args.grad_input != nullptr) sweeps.launch_input_grad(g, chunk.features(args.grad_input));
+  });
+  launch_parameter_grads<S>(call.launcher, args, call.plan, memory);
 }
 
 template <class S, Layout layout, int W>
-void channel_stats_backward(const ChannelStatsBackwardArgs& args, const Plan& plan,
-                            const Queue& queue) {
-  using A = Acc<S>;
-  const Problem& p = args.problem;
-  Arena arena(queue.workspace);
-  const SweepMemory<A> memory(arena, p, plan);
-  Launcher launcher(queue);
-  launcher.clear(memory.counters, p.n);
-  for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
-                                    args.channel_gate);
-    chunk.launch_stats();
-    chunk.launch_pixel_grads(chunk.part(static_cast<const A*>(args.grad_stats), 2 * p.pixels()),
-                             nullptr);
+void channel_stats_backward(const ChannelStatsBackwardArgs& args,
+                            const Call<S, layout, W, SweepMemory>& call) {
+  const Problem& p = call.problem;
+  call.launcher.clear(call.memory.counters, p.n);
+  call.each_chunk([&](const auto& chunk) {
+    const Sweeps sweeps(chunk, call.memory, args.input, args.channel_gate);
+    sweeps.launch_stats();
+    sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()), nullptr);
     MlpBackward<S> sums{};
-    sums.grad_channel_gate = chunk.part(static_cast<A*>(args.grad_channel_gate), p.c);
-    chunk.launch_pool(sums);
-  }
+    sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
+    sweeps.launch_pool(sums);
+  });
 }
 
 template <class S, Layout layout, int W>
-void pool_backward(const PoolBackwardArgs& args, const Plan& plan, const Queue& queue) {
-  using A = Acc<S>;
-  const Problem& p = args.problem;
-  Arena arena(queue.workspace);
-  const SweepMemory<A> memory(arena, p, plan);
-  Launcher launcher(queue);
-  launcher.clear(memory.counters, p.n);
-  for (int64_t first = 0; first < p.n; first += plan.chunk) {
-    const Chunk<S, layout, W> chunk(p, plan, memory, launcher, first, args.input,
-                                    args.channel_gate);
-    chunk.launch_stats();
-    chunk.launch_pixel_grads(chunk.part(static_cast<const A*>(args.grad_stats), 2 * p.pixels()),
-                             chunk.part(static_cast<const A*>(args.spatial_gate), p.pixels()));
+void pool_backward(const PoolBackwardArgs& args, const Call<S, layout, W, SweepMemory>& call) {
+  const Problem& p = call.problem;
+  call.launcher.clear(call.memory.counters, p.n);
+  call.each_chunk([&](const auto& chunk) {
+    const Sweeps sweeps(chunk, call.memory, args.input, args.channel_gate);
+    sweeps.launch_stats();
+    sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()),
+                              chunk.values(args.spatial_gate, p.pixels()));
     MlpBackward<S> given{};
-    given.grad_pooled = chunk.part(static_cast<const A*>(args.grad_pooled), 2 * p.c);
-    chunk.launch_pool(given);
-    chunk.launch_input_grad(chunk.part(args.grad_output), args.grad_input);
-  }
+    given.grad_pooled = chunk.values(args.grad_pooled, 2 * p.c);
+    sweeps.launch_pool(given);
+    sweeps.launch_input_grad(chunk.features(args.grad_output), chunk.features(args.grad_input));
+  });
 }
 
 }  // namespace
 
+// ------------------------------------------------------------------------------ entry points
+
 int64_t workspace_bytes(const BackwardArgs& args, const Device& device) {
-  return bytes_of<BackwardMemory>(args.problem, make_plan(args.problem, Pass::kBackward, device));
+  return bytes_for<BackwardMemory>(args, Pass::kBackward, device);
 }
-
 void run(const BackwardArgs& args, const Queue& queue) {
-  const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
-  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
-    backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan, queue);
-  });
+  with_call<BackwardMemory>(args, Pass::kBackward, queue,
+                            [&](const auto& call) { backward(args, call); });
 }
 
-// Of the feature maps this reads x alone.
-
+// Of the feature maps this reads x alone, and its chunks are those of forward.
 int64_t workspace_bytes(const ChannelStatsBackwardArgs& args, const Device& device) {
-  return bytes_of<SweepMemory>(args.problem, make_plan(args.problem, Pass::kForward, device));
+  return bytes_for<SweepMemory>(args, Pass::kForward, device);
 }
-
 void run(const ChannelStatsBackwardArgs& args, const Queue& queue) {
-  if (args.problem.n == 0) return;
-  const Plan plan = make_plan(args.problem, Pass::kForward, queue.device);
-  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
-    channel_stats_backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(
-        args, plan, queue);
-  });
+  with_call<SweepMemory>(args, Pass::kForward, queue,
+                         [&](const auto& call) { channel_stats_backward(args, call); });
 }
 
 int64_t workspace_bytes(const PoolBackwardArgs& args, const Device& device) {
-  return bytes_of<SweepMemory>(args.problem, make_plan(args.problem, Pass::kBackward, device));
+  return bytes_for<SweepMemory>(args, Pass::kBackward, device);
 }
-
 void run(const PoolBackwardArgs& args, const Queue& queue) {
-  if (args.problem.n == 0) return;
-  const Plan plan = make_plan(args.problem, Pass::kBackward, queue.device);
-  with_sweep(args.problem, plan, [&](auto storage, auto layout, auto width) {
-    pool_backward<decltype(storage), decltype(layout)::value, decltype(width)::value>(args, plan,
-                                                                                      queue);
-  });
+  with_call<SweepMemory>(args, Pass::kBackward, queue,
+                         [&](const auto& call) { pool_backward(args, call); });
 }
 
 }  // namespace cbam::cuda

@@ -81,9 +81,9 @@ __device__ const Acc<S>* stage_weights(const ParameterView& view, int kernel, Ac
 // ------------------------------------------------------------------------------ convolution
 
 // Adds to sums[i] the correlation of the window with the weights [k, k] of one map at pixel
-// (row + i, column) of the tile. Turned by half a turn, the weights make it the transposed
-// convolution.
-template <bool turned, class A>
+// (row + i, column) of the tile. Flipped (turned by half a turn), the weights make it the
+// transposed convolution.
+template <bool flipped, class A>
 __device__ void correlate(int kernel, const A* weights, const Window<A>& window, int row,
                           int column, A (&sums)[kRun]) {
 #pragma unroll 1
@@ -94,8 +94,8 @@ __device__ void correlate(int kernel, const A* weights, const Window<A>& window,
 #pragma unroll kRun
     for (int dy = 0; dy < kernel; ++dy) {
       values[kRun - 1] = window.at(row + kRun - 1 + dy, column + dx);
-      const A weight = turned ? weights[(kernel - 1 - dy) * kernel + kernel - 1 - dx]
-                              : weights[dy * kernel + dx];
+      const A weight = flipped ? weights[(kernel - 1 - dy) * kernel + kernel - 1 - dx]
+                               : weights[dy * kernel + dx];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) sums[i] += weight * values[i];
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ void correlate(int kernel, const A* weights, const Window<A>& window,
 }
 
 // The same for one pixel of the map, from global memory.
-template <bool turned, class S, class Value>
+template <bool flipped, class S, class Value>
 __device__ Acc<S> correlate_from_memory(const ParameterView& weights, int map, int kernel,
                                         int64_t height, int64_t width, int64_t row, int64_t column,
                                         Value&& value) {
@@ -118,8 +118,8 @@ __device__ Acc<S> correlate_from_memory(const ParameterView& weights, int map, i
     for (int dx = 0; dx < kernel; ++dx) {
       const int64_t x = column + dx - kernel / 2;
       if (x < 0 || x >= width) continue;
-      sum += load_parameter<S>(weights, map, turned ? kernel - 1 - dy : dy,
-                               turned ? kernel - 1 - dx : dx) *
+      sum += load_parameter<S>(weights, map, flipped ? kernel - 1 - dy : dy,
+                               flipped ? kernel - 1 - dx : dx) *
              value(y * width + x);
     }
   }

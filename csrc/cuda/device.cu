@@ -62,9 +62,13 @@ Device device_properties(int index) {
   return *device;
 }
 
-void launch_arch_kernel(int32_t* out, cudaStream_t stream) {
+int32_t running_arch(int32_t* out, cudaStream_t stream) {
   arch_kernel<<<1, 1, 0, stream>>>(out);
   check(cudaGetLastError(), "launch of a kernel");
+  int32_t arch = 0;
+  check(cudaMemcpyAsync(&arch, out, sizeof(arch), cudaMemcpyDeviceToHost, stream), "copy to host");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  return arch;
 }
 
 }  // namespace cbam::cuda

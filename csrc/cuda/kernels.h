@@ -36,4 +36,8 @@ void run(const ChannelStatsArgs& args, const Queue& queue);
 void run(const ChannelStatsBackwardArgs& args, const Queue& queue);
 void run(const PoolBackwardArgs& args, const Queue& queue);
 
+// Diagnostics: runs a kernel on the current device and returns the architecture that its machine
+// code was compiled for (900 for sm_90). It waits for the stream; `out` is memory of the device.
+int32_t running_arch(int32_t* out, cudaStream_t stream);
+
 }  // namespace cbam::cuda

@@ -17,11 +17,7 @@ constexpr int64_t kMaxPartials = 512;       // per channel, for the last block t
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid
 constexpr int64_t kMinTile = 128, kMaxTile = 1024;  // pixels of a tile, within reason
 
-int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 int64_t sample_bytes(const Problem& p) { return p.c * p.pixels() * element_size(p.dtype); }
-
-int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
 int64_t power_of_two_from(int64_t value) {
   int64_t power = 1;

@@ -18,8 +18,6 @@ constexpr int kMinLanes = 4;         // that share a row of a sweep: it has up t
 constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps what is its part
 constexpr int kRun = 4;              // pixels of a column that a thread convolves together
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
 // contiguous tensors, pixels by channels in channels_last.
 struct Sweep {

@@ -13,17 +13,6 @@
 
 namespace cbam::cuda {
 
-// Storage types of 16 bits; arithmetic happens in the accumulator type only.
-struct BFloat16 {
-  unsigned short bits;
-};
-struct Float16 {
-  unsigned short bits;
-};
-
-template <class S>
-using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 // Elements in 16 bytes.
 template <class S>
 constexpr int kWide = 16 / static_cast<int>(sizeof(S));
@@ -37,13 +26,13 @@ inline __device__ float widen(float value) { return value; }
 inline __device__ float widen(BFloat16 value) {
   return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
-inline __device__ float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+inline __device__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 
 template <class S>
 __device__ S narrow(Acc<S> value) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
-  } else if constexpr (std::is_same_v<S, Float16>) {
+  } else if constexpr (std::is_same_v<S, Half>) {
     return {__half_as_ushort(__float2half_rn(value))};
   } else {
     return value;
@@ -115,9 +104,9 @@ inline __device__ void unpack_word(unsigned word, float* to, BFloat16) {
   to[0] = __uint_as_float(word << 16);
   to[1] = __uint_as_float(word & 0xffff0000u);
 }
-inline __device__ void unpack_word(unsigned word, float* to, Float16) {
-  to[0] = widen(Float16{static_cast<unsigned short>(word & 0xffffu)});
-  to[1] = widen(Float16{static_cast<unsigned short>(word >> 16)});
+inline __device__ void unpack_word(unsigned word, float* to, Half) {
+  to[0] = widen(Half{static_cast<unsigned short>(word & 0xffffu)});
+  to[1] = widen(Half{static_cast<unsigned short>(word >> 16)});
 }
 template <class S>
 __device__ unsigned pack_word(const float* from) {

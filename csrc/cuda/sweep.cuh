@@ -76,112 +76,110 @@ __device__ void move_index(T& factor, int by) {
   if constexpr (!std::is_arithmetic_v<T>) factor.move_index(by);
 }
 
+// Rows and columns of a layout in terms of pixels and channels.
 template <class Body, Layout layout>
-struct Axes;  // rows and columns of a layout in terms of pixels and channels
+struct Axes {
+  static constexpr bool kRowsAreChannels = layout == Layout::kNCHW;
+  template <class OfChannel, class OfPixel>
+  using RowOf = std::conditional_t<kRowsAreChannels, OfChannel, OfPixel>;
+  template <class OfChannel, class OfPixel>
+  using ColumnOf = std::conditional_t<kRowsAreChannels, OfPixel, OfChannel>;
 
-template <class Body>
-struct Axes<Body, Layout::kNCHW> {
-  using Row = typename Body::Channel;
-  using Column = typename Body::Pixel;
-  using RowFactor = typename Body::ChannelFactor;
-  using ColumnFactor = typename Body::PixelFactor;
-  static __device__ int64_t columns(const Body& body) { return body.pixels; }
+  using A = typename Body::A;
+  using Row = RowOf<typename Body::Channel, typename Body::Pixel>;
+  using Column = ColumnOf<typename Body::Channel, typename Body::Pixel>;
+  using RowFactor = RowOf<typename Body::ChannelFactor, typename Body::PixelFactor>;
+  using ColumnFactor = ColumnOf<typename Body::ChannelFactor, typename Body::PixelFactor>;
+
+  static __device__ int64_t rows(const Body& body) {
+    return kRowsAreChannels ? body.channels : body.pixels;
+  }
+  static __device__ int64_t columns(const Body& body) {
+    return kRowsAreChannels ? body.pixels : body.channels;
+  }
+
   static __device__ Place place(const Body& body, const Sweep& sweep, int block) {
-    const Cut cut = cut_of(sweep, block, body.channels, body.pixels);
+    const Cut cut = cut_of(sweep, block, rows(body), columns(body));
+    const int64_t first_channel = kRowsAreChannels ? cut.first_row : cut.first_column;
+    const int64_t first_pixel = kRowsAreChannels ? cut.first_column : cut.first_row;
     Place at;
     at.sample = cut.sample;
-    at.first_channel = static_cast<int>(cut.first_row);
-    at.first_pixel = cut.first_column;
-    at.channel_span = cut.row_span;
-    at.pixel_span = cut.column_span;
-    at.channel_origin = cut.sample * body.channels + cut.first_row;
-    at.pixel_origin = cut.sample * body.pixels + cut.first_column;
-    at.origin = at.channel_origin * body.pixels + cut.first_column;
+    at.first_channel = static_cast<int>(first_channel);
+    at.first_pixel = first_pixel;
+    at.channel_span = kRowsAreChannels ? cut.row_span : cut.column_span;
+    at.pixel_span = kRowsAreChannels ? cut.column_span : cut.row_span;
+    at.channel_origin = cut.sample * body.channels + first_channel;
+    at.pixel_origin = cut.sample * body.pixels + first_pixel;
+    const int64_t row_origin = kRowsAreChannels ? at.channel_origin : at.pixel_origin;
+    at.origin = row_origin * columns(body) + cut.first_column;
     at.row_count = cut.row_count;
     at.column_count = cut.column_count;
     return at;
   }
+
   // What an index along the columns of the block counts from.
-  static __device__ int first_column(const Place&) { return 0; }
-  static __device__ Row start_row(const Body& body) { return body.start_channel(0); }
-  static __device__ Column start_column(const Body& body, const Place& at, int channel) {
-    return body.start_pixel(at.first_channel + channel);
+  static __device__ int first_column(const Place& at) {
+    return kRowsAreChannels ? 0 : at.first_channel;
   }
-  static __device__ void row_factor(const Body& body, const Place& at, int row,
-                                    RowFactor (&to)[1]) {
-    body.channel_factors(at, row, to);
-  }
-  template <int W>
-  static __device__ void column_factors(const Body& body, const Place& at, int column,
-                                        ColumnFactor (&to)[W]) {
-    body.pixel_factors(at, column, to);
-  }
-  static __device__ typename Body::A visit(const Body& body, const Place& at, typename Body::A x,
-                                           typename Body::A g, int row, int column,
-                                           const RowFactor& row_factor,
-                                           const ColumnFactor& column_factor, Row& of_row,
-                                           Column& of_column) {
-    return body.visit(x, g, column, at.first_channel + row, column_factor, row_factor, of_column,
-                      of_row);
-  }
-  static __device__ void store_row(const Body& body, const Place& at, int row, const Row& total) {
-    body.store_channel(at, row, total);
-  }
-  static __device__ void store_column(const Body& body, const Place& at, int column,
-                                      const Column& total) {
-    body.store_pixel(at, column, total);
-  }
-};
 
-template <class Body>
-struct Axes<Body, Layout::kNHWC> {
-  using Row = typename Body::Pixel;
-  using Column = typename Body::Channel;
-  using RowFactor = typename Body::PixelFactor;
-  using ColumnFactor = typename Body::ChannelFactor;
-  static __device__ int64_t columns(const Body& body) { return body.channels; }
-  static __device__ Place place(const Body& body, const Sweep& sweep, int block) {
-    const Cut cut = cut_of(sweep, block, body.pixels, body.channels);
-    Place at;
-    at.sample = cut.sample;
-    at.first_pixel = cut.first_row;
-    at.first_channel = static_cast<int>(cut.first_column);
-    at.pixel_span = cut.row_span;
-    at.channel_span = cut.column_span;
-    at.pixel_origin = cut.sample * body.pixels + cut.first_row;
-    at.channel_origin = cut.sample * body.channels + cut.first_column;
-    at.origin = at.pixel_origin * body.channels + cut.first_column;
-    at.row_count = cut.row_count;
-    at.column_count = cut.column_count;
-    return at;
+  static __device__ Row start_row(const Body& body) {
+    if constexpr (kRowsAreChannels) {
+      return body.start_channel(0);
+    } else {
+      return body.start_pixel(0);
+    }
   }
-  static __device__ int first_column(const Place& at) { return at.first_channel; }
-  static __device__ Row start_row(const Body& body) { return body.start_pixel(0); }
-  static __device__ Column start_column(const Body& body, const Place&, int pixel) {
-    return body.start_channel(pixel);
+  static __device__ Column start_column(const Body& body, const Place& at, int row) {
+    if constexpr (kRowsAreChannels) {
+      return body.start_pixel(at.first_channel + row);
+    } else {
+      return body.start_channel(row);
+    }
   }
+
   static __device__ void row_factor(const Body& body, const Place& at, int row,
                                     RowFactor (&to)[1]) {
-    body.pixel_factors(at, row, to);
+    if constexpr (kRowsAreChannels) {
+      body.channel_factors(at, row, to);
+    } else {
+      body.pixel_factors(at, row, to);
+    }
   }
   template <int W>
   static __device__ void column_factors(const Body& body, const Place& at, int column,
                                         ColumnFactor (&to)[W]) {
-    body.channel_factors(at, column, to);
+    if constexpr (kRowsAreChannels) {
+      body.pixel_factors(at, column, to);
+    } else {
+      body.channel_factors(at, column, to);
+    }
   }
-  static __device__ typename Body::A visit(const Body& body, const Place& at, typename Body::A x,
-                                           typename Body::A g, int row, int column,
-                                           const RowFactor& row_factor,
-                                           const ColumnFactor& column_factor, Row& of_row,
-                                           Column& of_column) {
-    return body.visit(x, g, row, column, row_factor, column_factor, of_row, of_column);
+
+  static __device__ A visit(const Body& body, const Place& at, A x, A g, int row, int column,
+                            const RowFactor& row_factor, const ColumnFactor& column_factor,
+                            Row& of_row, Column& of_column) {
+    if constexpr (kRowsAreChannels) {
+      return body.visit(x, g, column, at.first_channel + row, column_factor, row_factor, of_column,
+                        of_row);
+    } else {
+      return body.visit(x, g, row, column, row_factor, column_factor, of_row, of_column);
+    }
   }
+
   static __device__ void store_row(const Body& body, const Place& at, int row, const Row& total) {
-    body.store_pixel(at, row, total);
+    if constexpr (kRowsAreChannels) {
+      body.store_channel(at, row, total);
+    } else {
+      body.store_pixel(at, row, total);
+    }
   }
   static __device__ void store_column(const Body& body, const Place& at, int column,
                                       const Column& total) {
-    body.store_channel(at, column, total);
+    if constexpr (kRowsAreChannels) {
+      body.store_pixel(at, column, total);
+    } else {
+      body.store_channel(at, column, total);
+    }
   }
 };
 

@@ -60,7 +60,7 @@ def undefined_symbols(library: Path) -> set[str]:
 
 def target_version() -> str:
     """The libtorch that the libraries are built for, as torch's headers write it."""
-    header = (decisions.source_dir() / "torch_abi.h").read_text()
+    header = (decisions.source_dir() / "torch" / "abi.h").read_text()
     (version,) = re.findall(r"#define TORCH_TARGET_VERSION (0x[0-9a-f]{16})", header)
     return version
 

@@ -42,6 +42,7 @@ print(*[name for name in unwanted if name in sys.modules])
     assert ours == run_python("import torch" + look, CHECKOUT)
 
 
+@pytest.mark.slow
 def test_import_without_compiled_part(uncompiled: Path, tmp_path: Path) -> None:
     output = run_python(
         "import cbam_ext; print(cbam_ext.__file__, cbam_ext.building.library.is_loaded())",
@@ -59,6 +60,7 @@ def test_reference_with_one_warning(uncompiled: Path) -> None:
     assert f"pip install --no-build-isolation -e {uncompiled}" not in message  # no setup.py there
 
 
+@pytest.mark.slow
 def test_library_that_does_not_load(uncompiled: Path) -> None:
     library = uncompiled / "cbam_ext" / "libcbam_cpu.so"
     library.write_text("not a library")
@@ -72,6 +74,7 @@ def test_library_that_does_not_load(uncompiled: Path) -> None:
     assert "invalid ELF header" in output or "file too short" in output
 
 
+@pytest.mark.slow
 def test_checkout_hides_the_install(uncompiled: Path, tmp_path: Path) -> None:
     installed = tmp_path / "cbam_ext"
     installed.mkdir()
@@ -100,17 +103,20 @@ class TestDiagnostics:
         assert facts["build"]["version"] == cbam_ext.__version__
         assert facts["build"]["cxx_standard"] >= 201703
 
+    @pytest.mark.slow
     def test_text(self) -> None:
         output = run([sys.executable, "-m", "cbam_ext"], CHECKOUT).stdout
         assert f"cbam_ext: {cbam_ext.__version__}" in output
         assert "libcbam_cpu.so" in output
 
+    @pytest.mark.slow
     def test_without_compiled_part(self, uncompiled: Path) -> None:
         facts = json.loads(run([sys.executable, "-m", "cbam_ext", "--json"], uncompiled).stdout)
         assert facts["cpu"]["loaded"] is False
         assert "cbam_ext.load()" in facts["cpu"]["reason"]
         assert facts["build"] is None
 
+    @pytest.mark.slow
     def test_nothing_that_is_broken_ends_it(self, uncompiled: Path) -> None:
         output = run(
             [sys.executable, "-m", "cbam_ext"],

@@ -153,7 +153,9 @@ def test_sdist(checkout: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for file in ("csrc/sources.txt", "csrc/ops.cpp", "csrc/cuda/device.cu", "setup.py", "LICENSE"):
+    for file in ("csrc/sources.txt", "csrc/torch/cpu.cpp", "csrc/cuda/device.cu", "csrc/README.md"):
+        assert file in names
+    for file in ("setup.py", "LICENSE"):
         assert file in names
     for file in ("CMakeLists.txt", "Makefile", "tests/building/test_install.py"):
         assert file in names

@@ -66,6 +66,7 @@ def _compile_twice(package: Path, cache: Path) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(built: tuple[Path, Path, list[str]]) -> None:
     _, cache, outputs = built
     assert sum("cbam_ext: compiling CPU kernels" in output for output in outputs) == 1
@@ -77,6 +78,7 @@ def test_two_processes_at_once(built: tuple[Path, Path, list[str]]) -> None:
     assert paths.pop().startswith(str(cache))
 
 
+@pytest.mark.slow
 def test_kept_build_is_used_again(built: tuple[Path, Path, list[str]]) -> None:
     package, cache, _ = built
     # Without any compiler: nothing may be compiled.
@@ -90,6 +92,7 @@ def test_kept_build_is_used_again(built: tuple[Path, Path, list[str]]) -> None:
     assert output.splitlines()[0].startswith(str(cache))
 
 
+@pytest.mark.slow
 def test_models_built_before_use_it_after(built: tuple[Path, Path, list[str]]) -> None:
     package, cache, _ = built
     code = """
@@ -109,6 +112,7 @@ print(any(event.key.startswith("cbam::") for event in profiled.key_averages()))
     assert output.splitlines()[-1] == "True"
 
 
+@pytest.mark.slow
 def test_changed_sources_ask_for_a_restart(
     built: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
@@ -118,7 +122,7 @@ def test_changed_sources_ask_for_a_restart(
     code = """
 import cbam_ext
 cbam_ext.load()
-with open("csrc/ops.cpp", "a") as file:
+with open("csrc/torch/cpu.cpp", "a") as file:
     file.write("// edited\\n")
 cbam_ext.load()
 """
@@ -146,6 +150,7 @@ except cbam_ext.building.decisions.BuildError as error:
 """
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [("false", "compiling failed:"), ("no-such-compiler", "CXX=no-such-compiler does not exist")],
@@ -160,6 +165,7 @@ def test_compiler_that_fails(tmp_path: Path, compiler: str, message: str) -> Non
     assert f"Full log: {cache}" in output
 
 
+@pytest.mark.slow
 def test_first_compiler_error_is_shown(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
     (package / "csrc" / "sources.txt").write_text("cpu ops.cpp\n")

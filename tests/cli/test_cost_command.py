@@ -55,6 +55,7 @@ def test_command(hasty, capsys):
     assert smp.base.modules.Attention.__init__ is original
 
 
+@pytest.mark.slow
 def test_command_as_json(hasty, capsys):
     arguments = [*SMALL, "--where", "bottleneck", "3", "--channels-last", "--dtype", "bfloat16"]
     assert main(["cost", *arguments, "--json"]) == 0
@@ -73,6 +74,7 @@ def test_command_as_json(hasty, capsys):
     assert set(found["times_added"]["training"]) == {"plain CBAM"}
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("name", smp.MODEL_ARCHITECTURES_MAPPING)
 def test_every_architecture_by_default(name, without_rounds, capsys):
     encoder = {"dpt": "tu-vit_tiny_patch16_224", "unetplusplus": "resnet18"}.get(name, ENCODER)
@@ -96,6 +98,7 @@ def test_every_architecture_by_default(name, without_rounds, capsys):
                 model(image[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_where_scse_cannot_run(without_rounds, capsys):
     # The decoder has 8 channels somewhere, of which SCSE makes 8 // 16 hidden ones.
@@ -104,6 +107,7 @@ def test_where_scse_cannot_run(without_rounds, capsys):
     assert "no row for scse: it needs 16 channels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_keeps_a_registration(without_rounds):
     cbam_ext.smp.register()
     try:

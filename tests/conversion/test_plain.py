@@ -104,6 +104,7 @@ torch.jit.script(model.eval())
 """
 
 
+@pytest.mark.slow
 def test_pickles_without_the_package(generator: torch.Generator, tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     from cbam_ext.smp import prune_unused, register, unregister
@@ -123,6 +124,7 @@ def test_pickles_without_the_package(generator: torch.Generator, tmp_path: Path)
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_compiles_and_exports(generator: torch.Generator) -> None:
     plain = cbam_ext.to_plain(shaken(generator))
     x = draw(24, generator)

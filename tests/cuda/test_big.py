@@ -13,6 +13,8 @@ import torch
 
 from support.samples import Problem, assert_close, assert_gradients_close, draw, truth
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = (1, 512, 32, 32)  # 2^19 elements
 BATCH = 2**12 + 1  # the last sample begins at 2^31
 

@@ -16,6 +16,8 @@ from emulation.toys import FAULTS
 # Without torch, which takes its time to load under AddressSanitizer.
 TOYS_ALONE = """
 import ctypes, sys
+
+pytestmark = pytest.mark.slow
 library = ctypes.CDLL(sys.argv[1])
 
 def call(name, *arguments):

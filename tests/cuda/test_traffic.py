@@ -92,6 +92,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("access", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,6 +147,7 @@ EXTRA = {
 }
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "dtype", "shape"),
@@ -212,6 +214,7 @@ LARGE = {
 }
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", LARGE, ids=str)
 @pytest.mark.parametrize("name", BUDGETS)
@@ -228,6 +231,7 @@ def test_chunks_stay_in_l2(
     assert run.moved <= BUDGETS[name]
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("name", BUDGETS)
 def test_without_chunks_l2_does_not_help(
     device: Emulation, name: str, generator: torch.Generator

@@ -1,4 +1,4 @@
-"""What the documents say runs: docstring examples, the README's code, and its list of functions."""
+"""What the documents say runs: docstring examples, the code of README and pages, the reference."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import cbam_ext
 from support import peers
 
 README = Path(__file__).parents[2] / "README.md"
+DOCS = README.parent / "docs"
 
 MODULES = sorted(
     info.name
@@ -67,58 +68,85 @@ PUBLIC = dict(_public())
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names(name: str) -> None:
-    """Each has an example and stands in the README's reference."""
+    """Each has an example, stands in the table of the reference, and has its docstring there."""
     assert ">>>" in (inspect.getdoc(PUBLIC[name]) or ""), "its docstring has no example"
-    reference = README.read_text().split("\n## Reference\n")[1].split("\n## ")[0]
-    assert f"`{name}" in reference, "it is not in the README's reference section"
+    reference = (DOCS / "api.md").read_text()
+    assert f"`{name}" in reference, "it is not in the table of docs/api.md"
+    assert re.search(rf"^\.\. auto\w+:: {re.escape(name)}$", reference, re.MULTILINE), (
+        "docs/api.md does not show its docstring"
+    )
 
 
-def _blocks(section: str) -> list[str]:
-    text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+@pytest.mark.parametrize("operator", ["forward", "gates"])
+def test_schemas(operator: str) -> None:
+    """Those of docs/api.md are those of the operators."""
+    text = " ".join((DOCS / "api.md").read_text().split())
+    assert str(getattr(torch.ops.cbam, operator).default._schema) in text
+
+
+# --------------------------------------------------------------------- the code of README and pages
+
+# A block of Python, and what it prints where a block follows that says so.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n+prints\n+```text\n(.*?)```)?", re.DOTALL)
+
+
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+BLOCKS = {
+    f"{page.name}-{number}": block
+    for page in (README, *sorted(DOCS.glob("*.md")))
+    for number, block in enumerate(_blocks(page))
+}
 
 
 def _surroundings(folder: Path) -> dict[str, Any]:
-    """What the README's code takes for granted."""
+    """What the code takes for granted."""
     net = nn.Sequential(nn.Conv2d(3, 32, 3), peers.AuthorsBlock(32))
     torch.save(net.state_dict(), folder / "checkpoint.pth")
     names: dict[str, Any] = {"__name__": "readme", "torch": torch, "cbam_ext": cbam_ext}
-    names |= {"net": net, "model": cbam_ext.convert(net), "images": torch.rand(2, 3, 40, 40)}
+    names |= {"net": net, "model": cbam_ext.convert(net), "attention": cbam_ext.CBAM(32)}
+    names |= {"images": torch.rand(2, 3, 40, 40), "image": torch.rand(2, 3, 40, 40)}
     return names
 
 
-@pytest.mark.parametrize(
-    ("section", "number"),
-    [
-        (section, number)
-        for section in ("Three ways to use it", "A model that you have")
-        for number in range(len(_blocks(section)))
-    ],
-)
-def test_readme_code(section: str, number: int, tmp_path: Path) -> None:
-    """Each block by itself, as somebody would who copies it."""
-    names = _surroundings(tmp_path)
-    if ".visualize(" in _blocks(section)[number]:  # of a model that has been converted
+def _run(code: str, folder: Path) -> dict[str, Any]:
+    names = _surroundings(folder)
+    if ".visualize(" in code:  # of a model that has been converted
         names["net"] = names["model"]
-    exec(_blocks(section)[number], names)
+    exec(code, names)
+    return names
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_code(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each block by itself, as somebody would who copies it."""
+    code, printed = BLOCKS[name]
+    _run(code, tmp_path)
+    if printed:
+        assert capsys.readouterr().out.split("\n") == printed.split("\n")
+
+
+def _block_with(text: str) -> str:
+    (found,) = (code for code, _ in BLOCKS.values() if text in code)
+    return found
+
+
+@pytest.mark.slow
 def test_three_models(tmp_path: Path) -> None:
-    """Those of the README with our operator in them have the outputs that they had."""
-    timm_block, authors_block, smp_block, *_ = _blocks("A model that you have")
+    """Those of the pages with our operator in them have the outputs that they had."""
     names = _surroundings(tmp_path)
-    exec(timm_block, names)
+    exec(_block_with("timm.create_model"), names)
     with torch.no_grad():  # timm's blocks begin as zero, which would hide their attention
         for module in names["theirs"].modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.fill_(0.7)
     cbam_ext.load_peer_state_dict(names["model"], names["theirs"].state_dict())
     _assert_same_outputs(names["theirs"], names["model"], 16)
-    names = _surroundings(tmp_path)
-    exec(authors_block, names)
+    names = _run(_block_with("load_peer_state_dict("), tmp_path)
     _assert_same_outputs(names["net"], names["model"], 1)
-    names = _surroundings(tmp_path)
-    exec(smp_block, names)
+    names = _run(_block_with('add_cbam(model, init="identity")'), tmp_path)
     model = names["model"].eval()
     plain = copy.deepcopy(model)
     plain.decoder._forward_pre_hooks.clear()

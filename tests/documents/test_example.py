@@ -54,11 +54,13 @@ def assert_complete(done: subprocess.CompletedProcess[str], picture: Path) -> No
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_quick_run_prints_and_draws_into_a_new_folder(tmp_path):
     picture = tmp_path / "new" / "folder" / "coins.png"
     assert_complete(run(SCRIPT, "--quick", "--output", picture, "--threads", "1"), picture)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_in_two_processes_and_reports_once(tmp_path):
     picture = tmp_path / "coins.png"
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
@@ -143,6 +145,7 @@ def test_training_never_sees_the_held_out_part(example, monkeypatch, tmp_path):
     assert len(seen) == 50 and not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_weights(example, registered):
     def train(seed: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
@@ -157,6 +160,7 @@ def test_the_same_seed_trains_the_same_weights(example, registered):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_full_run_below_the_target_fails(example, monkeypatch, tmp_path, capsys):
     options = ["--steps", "1", "--size", "32", "--batch", "2", "--repeats", "1"]
     picture = tmp_path / "coins.png"

@@ -12,6 +12,8 @@ from nbclient import NotebookClient
 
 import cbam_ext
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 PACKAGE = Path(cbam_ext.__file__).parent.parent
 

@@ -71,7 +71,8 @@ def _toys() -> _Library:
 def _operators() -> _Library:
     names = ("forward.cu", "backward.cu", "apply_backward.cu", "plan.cpp")
     kernels = [CSRC / "cuda" / name for name in names]
-    sources = (*kernels, CSRC / "checks.cpp", HERE / "library.cpp", *_RUNTIME)
+    arguments = [CSRC / "torch" / name for name in ("checks.cpp", "tensors.cpp")]
+    sources = (*kernels, *arguments, HERE / "library.cpp", *_RUNTIME)
     return _Library("operators", sources, (HERE / "include", HERE / "runtime", CSRC), torch=True)
 
 

@@ -1,10 +1,11 @@
 // The operators of cbam under the namespace cbam_emulated, for CPU tensors: the CUDA kernels on the
 // emulated device. `operators()` in control.py sets that device and reads its counters.
-#include "../../csrc/operators.h"
+#include "../../csrc/torch/operators.h"
 
 #include <cstring>
 
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/torch/schemas.h"
 #include "runtime/device.h"
 
 namespace cbam {

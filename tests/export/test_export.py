@@ -155,6 +155,7 @@ def test_decomposed_training(generator: torch.Generator) -> None:
 # ---------------------------------------------------------------------- packages for other programs
 
 
+@pytest.mark.slow
 def test_aot_inductor_package_in_a_fresh_process(
     tmp_path: Path, generator: torch.Generator
 ) -> None:

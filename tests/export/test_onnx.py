@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import cbam_ext.smp
-from cbam_ext import ops, reference
+from cbam_ext import reference
 from cbam_ext.building import library
 from cbam_ext.ops import calls
 
@@ -114,6 +114,7 @@ PROBLEMS = [  # few, since every export takes a second
 ]
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_module(problem: Problem, file: Path, generator: torch.Generator) -> None:
     arguments = draw(problem, generator)
@@ -131,6 +132,7 @@ def test_module(problem: Problem, file: Path, generator: torch.Generator) -> Non
         assert_close(output, truth(arguments._replace(input=x)).output, "output")
 
 
+@pytest.mark.slow
 def test_oldest_opset(file: Path, generator: torch.Generator) -> None:
     arguments = draw(Problem(SHAPE, 3, biases="12c"), generator)
     export(module_of(arguments), example_for(arguments.input), file, opset=18)
@@ -183,6 +185,7 @@ def operators(model: nn.Module, x: Tensor) -> list[str]:
     return [target for target in targets if target.startswith("cbam.")]
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize(
     ("norm", "dtype", "expected"),
     [
@@ -221,6 +224,7 @@ def registered() -> Iterator[None]:
     cbam_ext.smp.unregister()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     ("architecture", "depth", "attention"),
@@ -269,6 +273,7 @@ def test_without_the_table_the_exporter_does_not_know_the_operator() -> None:
         torch.onnx.export(cbam_ext.CBAM(6).eval(), (x,), dynamo=True, verbose=False)
 
 
+@pytest.mark.slow
 def test_without_kernels_the_table_is_empty(
     file: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +285,7 @@ def test_without_kernels_the_table_is_empty(
     assert_close(run(file, arguments.input)[0], truth(arguments).output, "output")
 
 
+@pytest.mark.slow
 def test_the_exporter_does_not_complain(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As it does about functions whose annotations it cannot evaluate."""
     export(cbam_ext.CBAM(6).eval(), torch.rand(2, 6, 5, 5), file)
@@ -287,6 +293,7 @@ def test_the_exporter_does_not_complain(file: Path, capfd: pytest.CaptureFixture
     assert "cbam" not in printed, printed
 
 
+@pytest.mark.slow
 def test_without_onnxscript() -> None:
     """A fresh process in which it cannot be imported: only asking for the table complains."""
     code = """

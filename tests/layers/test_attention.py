@@ -172,6 +172,7 @@ def test_transforms(norm_layer: Any, generator: torch.Generator) -> None:
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("norm_layer", NORMS[:2], ids=NORM_IDS[:2])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_compiled(norm_layer: Any, training: bool, generator: torch.Generator) -> None:

@@ -32,6 +32,7 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.one_quick
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("norm_layer", NORMS, ids=NORM_IDS)
@@ -54,6 +55,7 @@ def test_an_untouched_module_compiles_to_its_operators(
         assert not any("linear" in name or "conv2d" in name for name in seen)
 
 
+@pytest.mark.one_quick
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     "treat", [own_forward, forward_hook, another_layer], ids=lambda treat: treat.__name__
@@ -74,6 +76,7 @@ def test_compiled(treat: Treatment, name: str, generator: torch.Generator) -> No
     torch.testing.assert_close(again(x), expected)
 
 
+@pytest.mark.one_quick
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("geometry", GEOMETRIES[:3], ids=lambda geometry: geometry.__name__)
 def test_compiled_with_another_geometry(

@@ -28,6 +28,8 @@ import cbam_ext.smp
 from support.samples import single_threaded
 from support.treatments import LAYERS
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 LIMIT = timedelta(seconds=60)  # of one collective operation
 Results = dict[str, Tensor | None]

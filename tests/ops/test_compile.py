@@ -54,6 +54,7 @@ def _compare(compiled: nn.Module, model: nn.Module, x: Tensor, generator: torch.
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("norm_layer", [None, nn.BatchNorm2d])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_compilation_serves_all_sizes(
@@ -83,6 +84,7 @@ def test_one_compilation_serves_all_sizes(
                 torch.testing.assert_close(found, module(x))
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("norm_layer", [None, nn.BatchNorm2d])
 def test_between_other_layers(
     norm_layer: type[nn.Module] | None, generator: torch.Generator
@@ -95,6 +97,7 @@ def test_between_other_layers(
     _compare(torch.compile(copy.deepcopy(model), fullgraph=True), model, x, generator)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("norm_layer", [None, nn.BatchNorm2d])
 def test_under_autocast(norm_layer: type[nn.Module] | None, generator: torch.Generator) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), cbam_ext.CBAM(6, norm_layer=norm_layer))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import cbam_ext
-from cbam_ext import functional, ops, reference
+from cbam_ext import functional, reference
 from cbam_ext.ops import calls
 
 from support.samples import (
@@ -180,6 +180,7 @@ print(caught[0].message)
     assert "cbam_ext.load()" in out or "pip install" in out
 
 
+@pytest.mark.slow
 def test_script_without_libraries(tmp_path: Path) -> None:
     """As the chain of layers."""
     _run(
@@ -194,6 +195,7 @@ for norm in (None, torch.nn.BatchNorm2d):
     )
 
 
+@pytest.mark.slow
 def test_operator_without_libraries_explains_itself(tmp_path: Path) -> None:
     out = _run(
         tmp_path,

@@ -217,9 +217,12 @@ def measured(kind: str) -> dict[str, tuple[int, Figures]]:
     return json.loads(done.stdout)
 
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(LIBC, "mallinfo2"), reason="counts with a function of glibc 2.33"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(LIBC, "mallinfo2"), reason="counts with a function of glibc 2.33"
+    ),
+]
 
 
 def test_calls_leave_nothing_behind() -> None:

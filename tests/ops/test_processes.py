@@ -126,7 +126,10 @@ class Batches:
 
 
 @pytest.mark.usefixtures("thread_count")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method",
+    ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))],
+)
 def test_data_loader_workers(method: str, generator: torch.Generator) -> None:
     modules = [cbam_ext.CBAM(16, norm_layer=norm_layer) for norm_layer in NORMS[:2]]
     samples = Samples(modules, torch.randn(4, 16, 64, 48, generator=generator))

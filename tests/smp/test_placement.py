@@ -135,6 +135,7 @@ def gradients(model: nn.Module, x: Tensor, upstream: Tensor | None = None) -> di
 # ------------------------------------------------------------------------------ places
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("case", ONE_OF_EACH + MORE, ids=str)
 def test_every_place_computes_learns_and_leaves_the_model_as_it_was(case):
     model = build(case).double()
@@ -350,6 +351,7 @@ def test_identity_learns_from_the_second_step_on(norm):
 # ------------------------------------------------------------------------------ tools
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_before() -> None:
     """Compiled code would not call the hooks."""
     model = smp.FPN("resnet18", encoder_weights=None).eval()
@@ -432,6 +434,7 @@ def test_state_dicts():
     assert not unexpected and all(key.startswith("decoder.cbam_features.") for key in missing)
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     model, x = add_cbam(build(SMALL_UNET), ["encoder", "decoder"]), image()
     torch._dynamo.reset()
@@ -445,6 +448,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(other, gradient, rtol=0, atol=1e-3 * scale + 1e-6, msg=name)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
@@ -464,6 +468,7 @@ def test_decoders_compile_fullgraph(case, backend):
         torch.testing.assert_close(found, model.decoder(*arguments), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("architecture", ["UnetPlusPlus", "DeepLabV3Plus"])
 def test_export(architecture):
     small = {"encoder_depth": 3}
@@ -476,6 +481,7 @@ def test_export(architecture):
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
+@pytest.mark.one_quick
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("architecture", "where"),

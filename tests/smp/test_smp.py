@@ -68,6 +68,7 @@ def cbams(model: nn.Module) -> list[cbam_ext.CBAM]:
 # ------------------------------------------------------------------------------ registering
 
 
+@pytest.mark.slow
 def test_importing_registers_nothing_and_needs_no_smp():
     """A fresh process in which smp cannot be imported: only the first use complains."""
     code = """
@@ -255,6 +256,7 @@ def test_bad_options_name_the_good_ones(options, message, registered):
         build({"type": "cbam", **options})
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("kind", CBAM_TYPES)
 def test_unetplusplus_with_a_tiny_encoder(kind, registered):
     model = smp.UnetPlusPlus(
@@ -340,6 +342,7 @@ def test_state_dict_round_trip(kind, registered):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("kind", CBAM_TYPES)
 @pytest.mark.parametrize("architecture", [smp.Unet, smp.UnetPlusPlus])
 def test_save_pretrained_round_trip(kind, architecture, registered, tmp_path):
@@ -354,6 +357,7 @@ def test_save_pretrained_round_trip(kind, architecture, registered, tmp_path):
         smp.from_pretrained(tmp_path)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("kind", CBAM_TYPES)
 def test_export(kind, registered):
     model, x = build(kind), image()
@@ -363,6 +367,7 @@ def test_export(kind, registered):
     torch.testing.assert_close(exported.module()(x), model(x))
 
 
+@pytest.mark.one_quick
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("how", ["script", "trace"])
@@ -376,6 +381,7 @@ def test_torchscript(kind, how, registered, tmp_path):
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_sizes(registered):
     model = build("cbam", encoder_depth=2).train()
     compiled = torch.compile(
@@ -389,6 +395,7 @@ def test_one_compilation_serves_all_sizes(registered):
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.one_quick
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", CBAM_TYPES)
 def test_compile_fullgraph(backend, kind, registered):
@@ -397,6 +404,7 @@ def test_compile_fullgraph(backend, kind, registered):
     assert_compiles(model, backend)
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_inductor(registered):
     model = build("cbam", encoder_depth=2)
     torch._dynamo.reset()

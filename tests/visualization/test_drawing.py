@@ -282,6 +282,7 @@ def test_figures_save_and_show_in_notebooks(tmp_path):
     assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_no_pyplot_and_no_matplotlib_before_drawing():
     """In a process of its own, where no test has imported them."""
     code = """

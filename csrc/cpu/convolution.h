@@ -1,12 +1,42 @@
 // The k x k convolution of the spatial gate, its transpose, and the gradient of its weights, on the
-// bordered maps of one sample (sample.h).
+// bordered maps of one sample.
 //
 // A vector of the map, once loaded, serves several rows: an output row r takes its taps from the
 // rows r - halo to r + halo of the map, so a row of the map meets several output rows (with a row
-// of weights each), and in the gradient several rows of dl. Loads of shifted vectors straddle cache
-// lines; without sharing them the load ports would be the limit, not the multipliers.
+// of weights each), and in the gradient several rows of dlogits. Loads of shifted vectors straddle
+// cache lines; without sharing them the load ports would be the limit, not the multipliers.
 //
 // Included once per instruction set by isa.inl.
+
+// A map with a border of zeros (see Shape).
+template <class A>
+class Bordered {
+ public:
+  Bordered(Arena& arena, const Shape& shape) : data_(arena.take<A>(shape.bordered)) {
+    if (data_ == nullptr) return;
+    std::fill_n(data_, shape.interior, A{0});
+    for (int64_t y = 0; y < shape.h; ++y) {
+      std::fill(row(shape, y) + shape.w, row(shape, y + 1), A{0});
+    }
+    std::fill(row(shape, shape.h), data_ + shape.bordered, A{0});
+  }
+
+  // Row y of the pixels; from -halo to h + halo - 1.
+  A* row(const Shape& shape, int64_t y) const { return data_ + shape.interior + y * shape.stride; }
+
+  // Copies the pixels of a tile, which lie densely at `dense`, to where they belong.
+  void fill(const Shape& shape, Tile tile, const A* dense) const {
+    int64_t y = tile.begin / shape.w, x = tile.begin % shape.w;
+    for (int64_t p = tile.begin; p < tile.end; ++y, x = 0) {
+      const int64_t count = std::min(shape.w - x, tile.end - p);
+      std::copy_n(dense + (p - tile.begin), count, row(shape, y) + x);
+      p += count;
+    }
+  }
+
+ private:
+  A* data_;
+};
 
 // Calls f(integral_constant first, integral_constant last, j) for j from 0 to count + rows - 2,
 // where [first, last] are the i of 0 <= i < rows with 0 <= j - i < count. Needs count >= rows.
@@ -91,22 +121,24 @@ inline void convolve_rows(const Shape& shape, int64_t first, int64_t last,
 }
 
 // Taps [dy, dy + rows) x [dx, dx + columns) of the weights' gradient for one map:
-// grads[j][i] += sum_p dl[p] * stats[p shifted by (dy + j, dx + i)], rows of k in `grads`.
+// grads[j][i] += sum_p dlogits[p] * stats[p shifted by (dy + j, dx + i)], rows of k in `grads`.
 template <int rows, int columns, class A>
-inline void weight_grads_block(const Shape& shape, int64_t dy, int64_t dx, const Bordered<A>& dl,
-                               const Bordered<A>& stats, double* grads) {
+inline void weight_grads_block(const Shape& shape, int64_t dy, int64_t dx,
+                               const Bordered<A>& dlogits, const Bordered<A>& stats,
+                               double* grads) {
   // Sums in float stay short: every few thousand pixels they go to double.
   const int64_t block = std::max<int64_t>(rows, 4096 / shape.stride);
   const auto sum_rows = [&](auto shared_rows, int64_t first, int64_t count) {
-    constexpr int R = decltype(shared_rows)::value;  // rows, or 1 where there are too few of dl
+    constexpr int R =
+        decltype(shared_rows)::value;  // rows, or 1 where there are too few of dlogits
     for (int j = 0; j < rows; j += R) {
       Vec<A> sum[R * columns];
       std::fill_n(sum, R * columns, Vec<A>{});
       // Row q of the overlap is the row first + q + dy + j - halo of the statistics; it meets the
-      // rows first + q - r of dl.
+      // rows first + q - r of dlogits.
       each_overlap<R>(count, [&](auto first_tap, auto last_tap, int64_t q) {
         const A* values = stats.row(shape, first + q + dy + j - shape.halo) + dx - shape.halo;
-        const A* weights = dl.row(shape, first + q);
+        const A* weights = dlogits.row(shape, first + q);
         each_vector<A>(shape.w, [&](int64_t i, auto part) {
           // Lanes past the row must be zero on both sides: 0 * infinity would be NaN.
           Vec<A> value[columns];
@@ -139,23 +171,24 @@ inline void weight_grads_block(const Shape& shape, int64_t dy, int64_t dx, const
 constexpr int kTapRows = 4, kTapColumns = 2;
 
 inline int64_t count_weight_grad_units(const Shape& shape) {
-  return 2 * Shape::divide_up(shape.kernel, kTapRows) * Shape::divide_up(shape.kernel, kTapColumns);
+  return 2 * divide_up(shape.kernel, kTapRows) * divide_up(shape.kernel, kTapColumns);
 }
 
 // One such block: its part of grads, [2, k, k].
 template <class A>
-inline void convolution_weight_grads(const Shape& shape, int64_t unit, const Bordered<A>& dl,
+inline void convolution_weight_grads(const Shape& shape, int64_t unit, const Bordered<A>& dlogits,
                                      const Bordered<A> (&stats)[2], double* grads) {
   const int64_t k = shape.kernel;
-  const int64_t columns = Shape::divide_up(k, kTapColumns);
+  const int64_t columns = divide_up(k, kTapColumns);
   const int64_t dx = unit % columns * kTapColumns;
   const int64_t dy = unit / columns / 2 * kTapRows;
   const int64_t map = unit / columns % 2;
   double* at = grads + (map * k + dy) * k + dx;
   const auto with_columns = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    if (k - dx >= kTapColumns) return weight_grads_block<R, 2>(shape, dy, dx, dl, stats[map], at);
-    return weight_grads_block<R, 1>(shape, dy, dx, dl, stats[map], at);
+    if (k - dx >= kTapColumns)
+      return weight_grads_block<R, 2>(shape, dy, dx, dlogits, stats[map], at);
+    return weight_grads_block<R, 1>(shape, dy, dx, dlogits, stats[map], at);
   };
   switch (std::min<int64_t>(k - dy, kTapRows)) {  // k is odd: 1 or 3 rows are left
     case 4:

@@ -1,12 +1,10 @@
-#include "../torch_abi.h"
-
-#include "pack.h"
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+// PyTorch's conversions of the half types behind cpu/pack.h.
+#include "abi.h"
 
 #include <algorithm>
 #include <utility>
+
+#include "../cpu/pack.h"
 
 namespace cbam::cpu {
 namespace {
@@ -40,25 +38,17 @@ void each_element(const ParameterView& view, F&& f) {
   }
 }
 
+// Calls f with a value of the type that a parameter's elements have.
 template <class F>
-void with_storage_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(torch::headeronly::BFloat16{});
-    case DType::kFloat16:
-      return f(torch::headeronly::Half{});
-  }
+void with_element(DType dtype, F&& f) {
+  with_storage<torch::headeronly::BFloat16, torch::headeronly::Half>(dtype, f);
 }
 
 }  // namespace
 
 template <class A>
 void pack(const ParameterView& from, int64_t row_stride, A* to) {
-  with_storage_type(from.dtype, [&](auto type) {
+  with_element(from.dtype, [&](auto type) {
     using Storage = decltype(type);
     each_element<const Storage>(from, [&](const Storage& value, int64_t row, int64_t column) {
       to[row * row_stride + column] = static_cast<A>(value);
@@ -69,7 +59,7 @@ void pack(const ParameterView& from, int64_t row_stride, A* to) {
 template <class A>
 void unpack(const A* from, int64_t row_stride, const ParameterView& to) {
   if (to.data == nullptr) return;
-  with_storage_type(to.dtype, [&](auto type) {
+  with_element(to.dtype, [&](auto type) {
     using Storage = decltype(type);
     each_element<Storage>(to, [&](Storage& value, int64_t row, int64_t column) {
       value = static_cast<Storage>(from[row * row_stride + column]);

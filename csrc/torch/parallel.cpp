@@ -1,7 +1,7 @@
-// PyTorch's thread pool behind parallel.h.
-#include "../torch_abi.h"
+// PyTorch's thread pool behind cpu/parallel.h.
+#include "abi.h"
 
-#include "parallel.h"
+#include "../cpu/parallel.h"
 
 namespace cbam::cpu {
 

@@ -1,4 +1,4 @@
-// What the sweeps add up: the bodies of sweep.cuh, in the order in which they run.
+// The bodies of the sweeps (sweep.cuh): what they add up or write, in the order in which they run.
 //
 //   Pool            x      per channel  sum, maximum                         (forward, launch 1)
 //   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 2)
@@ -301,7 +301,7 @@ struct BackwardPool : Body<S> {
   }
 };
 
-// dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + davg + [p is the argmax of c] dmax.
+// dx = ca (g sa + ds0 + [c is the argmax of p] ds1) + daverage + [p is the argmax of c] dmaximum.
 template <class S>
 struct InputGrad : Body<S> {
   using A = Acc<S>;

@@ -1,0 +1,59 @@
+// The one door to PyTorch: no other file includes torch's headers, and only this one names what
+// lies under the typed API (torch::stable::detail, the C functions aoti_torch_*).
+//
+// Only the LibTorch Stable ABI is used, so one binary runs on torch 2.10 and everything newer. The
+// target version stands here and not on the command line, because the pybind11 headers that torch
+// bundled before 2.13 refuse to compile where it is defined.
+#pragma once
+
+#define TORCH_TARGET_VERSION 0x020a000000000000  // torch 2.10
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <initializer_list>
+#include <optional>
+
+namespace cbam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Library = torch::stable::detail::StableLibrary;  // what the registration macros hand out
+
+// A new tensor on the device of another. torch::stable::new_empty finds its operator by name on
+// every call, which takes as long again.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &number, /*layout=*/nullptr,
+      /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr, &result));
+  return Tensor(result);
+}
+
+#ifdef USE_CUDA
+
+using torch::stable::accelerator::DeviceGuard;
+
+// The cudaStream_t that PyTorch queues work on now, on the device of a tensor. The typed API has it
+// from torch 2.13 on.
+inline void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+#endif  // USE_CUDA
+
+}  // namespace cbam
