@@ -69,6 +69,171 @@ def misplaced(root: Path, fault: Fault) -> str:
     return f"{fault.name} changes nothing" if unchanged else ""
 
 
+_CPU = (
+    Fault(
+        "cpu-last-of-equal-channels-wins",
+        "csrc/cpu/nchw.h",
+        "const IntVec<A> higher = u > maximum;  // strictly: the first of equals stays",
+        "const IntVec<A> higher = u >= maximum;",
+    ),
+    Fault(
+        "cpu-last-nan-wins",
+        "csrc/cpu/forward.h",
+        "static_cast<Int<A>>(c);\n        break;\n",
+        "static_cast<Int<A>>(c);\n",
+    ),
+    Fault(
+        "cpu-relu-drops-nan",
+        "csrc/cpu/mlp.h",
+        "return value <= 0 ? 0 : value;  // NaN stays NaN",
+        "return value > 0 ? value : 0;",
+    ),
+    Fault(
+        "cpu-tail-has-one-lane-too-many",
+        "csrc/cpu/simd.h",
+        "return iota<A>() < static_cast<Int<A>>(tail.count) ? v : broadcast(value);",
+        "return iota<A>() <= static_cast<Int<A>>(tail.count) ? v : broadcast(value);",
+    ),
+    Fault(
+        "cpu-tail-without-avx512-loses-a-lane",
+        "csrc/cpu/simd.h",
+        "for (int i = 0; i < tail.count; ++i) lanes[i] = p[i];",
+        "for (int i = 0; i < tail.count - 1; ++i) lanes[i] = p[i];",
+    ),
+    Fault(
+        "cpu-bfloat16-rounds-ties-up",
+        "csrc/cpu/simd.h",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        "(bits + 0x8000u) >> 16;",
+    ),
+    Fault(
+        "cpu-band-before-its-halo-is-there",
+        "csrc/cpu/tiles.h",
+        "(tile + 1) * shape.tile / shape.w - shape.halo)",
+        "(tile + 1) * shape.tile / shape.w)",
+    ),
+    Fault(
+        "cpu-channels-last-with-padded-pixels",
+        "csrc/cpu/nhwc.h",
+        "return p * shape.c + c;",
+        "return p * shape.padded_c + c;",
+    ),
+    Fault(
+        "cpu-bias-of-fc2-gets-half-its-gradient",
+        "csrc/cpu/parameter_grads.h",
+        "static_cast<A>(2 * bias);  // the MLP ran twice",
+        "static_cast<A>(bias);",
+    ),
+    Fault(
+        "cpu-border-of-a-map-is-not-cleared",
+        "csrc/cpu/convolution.h",
+        "std::fill(row(shape, y) + shape.w, row(shape, y + 1), A{0});",
+        "std::fill_n(row(shape, y) + shape.w, shape.halo, A{0});",
+    ),
+    Fault(
+        "cpu-threads-share-their-memory",
+        "csrc/cpu/sample.h",
+        "f(Sample<S>{shape, n, false}, memories[worker]);",
+        "f(Sample<S>{shape, n, false}, memories[0]);",
+    ),
+)
+
+_CUDA = (
+    Fault(
+        "cuda-barrier-before-gates-are-read-is-gone",
+        "csrc/cuda/gate.cuh",
+        "  if (args.y == nullptr) return;\n  __syncthreads();\n",
+        "  if (args.y == nullptr) return;\n",
+    ),
+    Fault(
+        "cuda-last-of-equals-wins",
+        "csrc/cuda/reduce.cuh",
+        "if (!(next <= value) && value == value) {",
+        "if (!(next < value) && value == value) {",
+    ),
+    Fault(
+        "cuda-ties-between-threads-go-anywhere",
+        "csrc/cuda/reduce.cuh",
+        "bool better = other.value > value || (other.value == value && other.index < index);",
+        "bool better = other.value > value;",
+    ),
+    Fault(
+        "cuda-any-nan-wins",
+        "csrc/cuda/reduce.cuh",
+        "other.value != other.value && (value == value || other.index < index);",
+        "other.value != other.value;",
+    ),
+    Fault(
+        "cuda-sum-over-half-a-warp",
+        "csrc/cuda/reduce.cuh",
+        "for (int offset = kWarp / 2; offset > 0; offset /= 2) value +=",
+        "for (int offset = kWarp / 4; offset > 0; offset /= 2) value +=",
+    ),
+    Fault(
+        "cuda-last-tile-is-a-whole-one",
+        "csrc/cuda/convolution.cuh",
+        "static_cast<int>(smaller<int64_t>(tiling.columns, width - first_column))};",
+        "tiling.columns};",
+    ),
+    Fault(
+        "cuda-wide-accesses-anywhere",
+        "csrc/cuda/plan.cpp",
+        "return contiguous % wide == 0 ? static_cast<int>(wide) : 1;",
+        "return contiguous >= wide ? static_cast<int>(wide) : 1;",
+    ),
+    Fault(
+        "cuda-rows-of-channels-last-as-of-contiguous",
+        "csrc/cuda/plan.cpp",
+        "s.row_step = s.groups * columns;",
+        "s.row_step = s.groups * p.pixels();",
+    ),
+    Fault(
+        "cuda-second-chunk-begins-too-early",
+        "csrc/cuda/call.cuh",
+        "return batch == nullptr ? nullptr : batch + first * elements;",
+        "return batch == nullptr ? nullptr : batch + first;",
+    ),
+    Fault(
+        "cuda-counters-are-not-cleared",
+        "csrc/cuda/launch.cuh",
+        '    check(cudaMemsetAsync(counters, 0, bytes, queue_.stream), "cudaMemsetAsync");\n',
+        "    static_cast<void>(bytes);\n",
+    ),
+)
+
+_TORCH = (
+    Fault(
+        "torch-devices-of-parameters-are-not-checked",
+        "csrc/torch/checks.cpp",
+        "  check_device(name, parameter, input);\n",
+        "",
+    ),
+    Fault(
+        "torch-wrong-flag-for-the-bias-of-the-convolution",
+        "csrc/torch/operators.h",
+        "gradient_of(wanted.conv_grads, parameters.conv_bias)",
+        "gradient_of(wanted.mlp_grads, parameters.conv_bias)",
+    ),
+    Fault(
+        "torch-any-strides-are-native",
+        "csrc/torch/tensors.cpp",
+        "return is_channels_last(input) ? input : contiguous_of(input);",
+        "return input;",
+    ),
+    Fault(
+        "torch-unaligned-data-is-not-copied",
+        "csrc/torch/tensors.cpp",
+        "% static_cast<uintptr_t>(alignment) == 0 ?",
+        "% static_cast<uintptr_t>(2) == 0 ?",
+    ),
+    Fault(
+        "torch-rows-of-transposed-weights",
+        "csrc/torch/pack.cpp",
+        "f(matrix[r * row_stride + c * stride], i * rows + r, c);",
+        "f(matrix[r * columns + c * stride], i * rows + r, c);",
+    ),
+)
+
 _PYTHON = (
     Fault(
         "layers-hooks-of-fc2-are-passed-over",
@@ -232,10 +397,10 @@ _BUILDING = (
     Fault(
         "building-all-symbols-are-visible",
         "cbam_ext/building/decisions.py",
-        'CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wall")',
-        'CXX_FLAGS = ("-O3", "-g0", "-Wall")',
+        'CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", ',
+        'CXX_FLAGS = ("-O3", "-g0", ',
         builds=True,
     ),
 )
 
-FAULTS = (*_PYTHON, *_BUILDING)
+FAULTS = (*_CPU, *_CUDA, *_TORCH, *_PYTHON, *_BUILDING)
