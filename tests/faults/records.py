@@ -89,6 +89,10 @@ class Verdict:
         return self.outcome is not None and self.outcome.caught and self.stage != "all"
 
     @property
+    def survives_all(self) -> bool:
+        return self.outcome is not None and self.outcome.how == SURVIVED and self.stage == "all"
+
+    @property
     def is_open(self) -> bool:
         """Whether it has yet to meet the quick tests."""
         return self.outcome is None or (self.outcome.how == SURVIVED and self.stage == "folder")
@@ -112,7 +116,7 @@ def summary(verdicts: Sequence[Verdict], state: str) -> tuple[str, bool]:
     lines = [each.line(width) for each in verdicts]
     decided = [each for each in verdicts if each.counts and not each.is_open]
     fast = sum(each.caught_fast for each in decided)
-    survivors = sum(each.stage == "all" and not each.outcome.caught for each in decided)  # type: ignore[union-attr]
+    survivors = sum(each.survives_all for each in decided)
     lines.append(f"\nthe quick tests catch {fast} of {len(decided)}")
     if decided:
         lines[-1] += f" ({fast / len(decided):.0%})"
