@@ -264,7 +264,8 @@ def backward_formulas(
     With ``magnitudes``, how large their contributions are: the sum of absolute values over
     samples and pixels instead of the sum. A factor that is itself a sum counts with its absolute
     value or, where its own terms happen to cancel, with the root of the sum of their squares: that
-    is the scale of its rounding error.
+    is the scale of its rounding error. So has 1 minus a gate that is nearly open: the gate has been
+    rounded in the accumulator dtype, in PyTorch's own sigmoid too.
     """
     x, w1, b1, w2, _, conv, _ = exact = in_float64(arguments)
     g = grad_output.detach().to("cpu", torch.float64)
@@ -278,12 +279,18 @@ def backward_formulas(
     def sign(t: Tensor) -> Tensor:
         return t.abs() if magnitudes else t
 
+    accumulator = reference.accumulator_dtype(arguments.input.dtype)
+    rounded = torch.finfo(accumulator).eps / 2 / LIMITS[accumulator]
+
+    def slope(gate: Tensor) -> Tensor:
+        return gate * ((1 - gate) + (rounded if magnitudes else 0))
+
     ca = reference.channel_gate(*exact[:5])
     sa = torch.sigmoid(reference.spatial_logits(x, ca, *exact[5:]))
     u = ca * x
     first_channel = _first_maximum(u, 1)
 
-    dl = sa * (1 - sa) * total(g * u, 1)[:, None]
+    dl = slope(sa) * total(g * u, 1)[:, None]
     stats = torch.stack([total(u, 1) / channels, sign(u.amax(1))], 1)
     patches = F.unfold(stats, kernel, padding=kernel // 2)  # [N, 2 k k, P]
     d_conv = torch.einsum("nqp,np->q", patches, dl.flatten(1)).reshape(conv.shape)
@@ -291,7 +298,7 @@ def backward_formulas(
 
     ds = F.conv_transpose2d(dl, sign(conv), padding=kernel // 2)
     du = sign(g) * sa + ds[:, :1] / channels + first_channel * ds[:, 1:]
-    dz = (ca * (1 - ca))[..., 0, 0] * (du * sign(x)).sum((2, 3))
+    dz = slope(ca)[..., 0, 0] * (du * sign(x)).sum((2, 3))
 
     flat = x.flatten(2)
     bias = torch.zeros(w1.shape[0], dtype=torch.float64) if b1 is None else b1
