@@ -1,15 +1,22 @@
 """What all tests share: the seed of the run, the backends, and modes set from outside.
 
 CBAM_TEST_SEED           repeats a run: the seed stands in the header of every report.
-CBAM_TEST_BACKENDS       which backends run, as in "cpu,emulated,cuda": the CPU kernels, the CUDA
-                         kernels emulated on the CPU (tests/emulation, compiled when first needed),
-                         and the CUDA kernels. Unset, all that this machine can run.
+CBAM_TEST_BACKENDS       which backends run, as in "cpu,emulated". Unset, all that this machine can:
+                           cpu          the CPU kernels as users get them: on the best instruction
+                                        set, or the one that CBAM_CPU_ISA names
+                           cpu-avx512, cpu-avx2, cpu-generic
+                                        the same kernels on the other sets that the machine has,
+                                        for tests with the mark every_isa
+                           emulated     the CUDA kernels emulated on the CPU (tests/emulation,
+                                        compiled when first needed)
+                           cuda         the CUDA kernels
 CBAM_TEST_DETERMINISTIC  1 runs everything under torch.use_deterministic_algorithms(True), which
                          also fills fresh memory with NaN: a result that was never written shows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -21,11 +28,17 @@ pytest.register_assert_rewrite("support")  # before it is imported
 
 import cbam_ext  # noqa: E402
 
+from support import instruction_sets  # noqa: E402
 from support.backends import SEED, Backend, backends  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "on(*names): the backends that the test says something of")
+    config.addinivalue_line(
+        "markers", "on(*names): the backends that the test says something of; cpu: all its sets"
+    )
+    config.addinivalue_line(
+        "markers", "every_isa: the test exercises kernels, so that each instruction set has to pass"
+    )
     config.addinivalue_line(
         "markers", "emulate(one_in): runs one in so many of the test's parameters when emulated"
     )
@@ -45,7 +58,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)  # pytest itself then leaves out what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the marks ``on`` and ``emulate`` say, and marks slow what is so mostly."""
+    """Leaves out what the marks ``on``, ``every_isa`` and ``emulate`` say; marks slow what is so
+    mostly."""
     # Who asks for a test with its parameters, as in file::test[emulated-0], gets it.
     everything = any("[" in argument for argument in config.args)
     left_out = [item for item in items if _is_left_out(item, everything)]
@@ -73,9 +87,13 @@ def _is_left_out(item: pytest.Item, everything: bool) -> bool:
     if not isinstance(backend, Backend):
         return False
     on, emulate = item.get_closest_marker("on"), item.get_closest_marker("emulate")
-    if on is not None and backend.name not in on.args:
+    if on is not None and backend.family not in on.args:
         return True
-    if emulate is None or everything or not backend.emulated:
+    if everything:
+        return False
+    if backend.isa is not None and item.get_closest_marker("every_isa") is None:
+        return True
+    if emulate is None or not backend.emulated:
         return False
     # Which ones follows the seed, so that many runs see all. Marks say odd numbers, since dtypes
     # and layouts come in fours and twos.
@@ -98,7 +116,7 @@ def emulation() -> None:
 
 
 @pytest.fixture(params=backends(), ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     backend: Backend = request.param
     # What is missing fails and is not skipped: a suite without the thing it tests must not look
     # green.
@@ -111,7 +129,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         control.operators().set_order(control.ORDERS[seed % len(control.ORDERS)], seed)
     elif not cbam_ext.ops.has_kernels(backend.device.type):
         pytest.fail(cbam_ext.building.library.no_kernel_reason(backend.device.type))
-    return backend
+    with instruction_sets.using(backend.isa) if backend.isa else contextlib.nullcontext():
+        yield backend
 
 
 @pytest.fixture(autouse=True)

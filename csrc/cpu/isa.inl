@@ -1,10 +1,7 @@
 // All CPU kernels for one instruction set.
 //
-// A translation unit (isa_*.cpp) defines CBAM_ISA, CBAM_ISA_LEVEL and CBAM_VECTOR_BYTES, switches
-// the compiler to the instruction set and includes this file, so that everything here is compiled
-// once per set in a namespace of its own. The standard headers are included before the switch:
-// their inline functions must stay code that every machine can run, because the linker keeps one
-// copy.
+// A translation unit (isa_*.cpp) switches the compiler to the set (isa_begin.h) and includes this
+// file, so that everything here is compiled once per set in a namespace of its own.
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "cbam_ext needs IEEE arithmetic for NaN and exact ties: build without -ffast-math and -Ofast"
@@ -13,14 +10,13 @@
 namespace cbam::cpu::CBAM_ISA {
 namespace {
 
-constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
+#include "simd.h"
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 
-#include "simd.h"
 #include "tiles.h"
 #include "arena.h"
 #include "sample.h"

@@ -3,18 +3,7 @@
 #include "pack.h"
 #include "parallel.h"
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-#define CBAM_ISA generic
 #define CBAM_ISA_LEVEL 0
-#define CBAM_VECTOR_BYTES 16
+#include "isa_begin.h"
 #include "isa.inl"
+#include "isa_end.h"

@@ -17,9 +17,14 @@ struct KernelTable {
   void (*pool_backward)(const PoolBackwardArgs&);
 };
 
-// The best table that this machine runs, or the one that the environment variable CBAM_CPU_ISA
-// (generic, avx2 or avx512) names; chosen once.
+// The table in use: at first the best one that this machine runs, or the one that the environment
+// variable CBAM_CPU_ISA (generic, avx2 or avx512) names. A call of an operator asks once, so that
+// all of it runs on one table; nothing that calls hand to each other depends on which.
 const KernelTable& kernels();
+
+// Puts the table of this instruction set in use, for calls of all threads that begin after it.
+// Returns the one that was; null, with nothing changed, where the machine lacks the set.
+const KernelTable* use_kernels(int64_t isa);
 
 namespace generic {
 extern const KernelTable kTable;

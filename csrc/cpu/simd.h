@@ -3,10 +3,13 @@
 // and Clang, so that one source serves every instruction set; intrinsics stand only where the
 // compilers leave speed on the table.
 //
-// Included once per instruction set, inside the namespace of that set, by isa.inl.
+// Included once per instruction set, after isa_begin.h and inside the namespace of that set: by
+// isa.inl, and by the tests of this file alone.
 //
 // Ends of rows go through the same vector code as the rest, with loads and stores of the remaining
 // lanes: a value never depends on where in a row it stands. That is what keeps exact ties exact.
+
+constexpr int kVectorBytes = CBAM_VECTOR_BYTES;
 
 // ------------------------------------------------------------------------------- vector types
 

@@ -53,16 +53,26 @@ struct Cpu {
 
 int64_t cpu_isa() { return cpu::kernels().isa; }
 
+int64_t use_cpu_isa(int64_t isa) {
+  const cpu::KernelTable* before = cpu::use_kernels(isa);
+  STD_TORCH_CHECK(before != nullptr, "_use_cpu_isa: this machine has no instruction set ", isa,
+                  " (0 is generic, 1 AVX2, 2 AVX-512)");
+  return before->isa;
+}
+
 STABLE_TORCH_LIBRARY(cbam, m) {
   define_operators(m);
   // The instruction set of the CPU kernels: KernelTable::isa.
   m.def("_cpu_isa() -> int");
+  // Chooses another for all calls to come, of every thread, and returns the one that was in use.
+  m.def("_use_cpu_isa(int isa) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, m) { implement_operators<Cpu>(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(cbam, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("_use_cpu_isa", TORCH_BOX(&use_cpu_isa));
 }
 
 }  // namespace

@@ -13,11 +13,11 @@ import pytest
 from emulation import build
 from emulation.toys import FAULTS
 
+pytestmark = pytest.mark.slow
+
 # Without torch, which takes its time to load under AddressSanitizer.
 TOYS_ALONE = """
 import ctypes, sys
-
-pytestmark = pytest.mark.slow
 library = ctypes.CDLL(sys.argv[1])
 
 def call(name, *arguments):

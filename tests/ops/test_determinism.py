@@ -11,6 +11,8 @@ from support.backends import Backend
 from support.repeats import CASES, assert_same, everything
 from support.samples import LARGE, Arguments, Problem, draw, draw_like
 
+pytestmark = pytest.mark.every_isa
+
 
 def _prepare(
     problem: Problem, backend: Backend, generator: torch.Generator

@@ -42,6 +42,7 @@ def folded(arguments: Arguments) -> Arguments:
     )
 
 
+@pytest.mark.every_isa
 @pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS[::3], ids=str)
 def test_values_and_gradients(

@@ -159,6 +159,7 @@ def assert_shapes(found: Results, sample: Sample) -> None:
 # ------------------------------------------------------------------------------------------ tests
 
 
+@pytest.mark.every_isa
 @pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_values_and_gradients(
@@ -170,6 +171,7 @@ def test_values_and_gradients(
     assert_true(found, sample)
 
 
+@pytest.mark.every_isa
 @pytest.mark.on("cpu", "cuda")
 @pytest.mark.parametrize("problem", LARGE, ids=str)
 def test_many_tiles(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
@@ -203,6 +205,7 @@ def test_empty_batch(
     assert_shapes(call(backend, sample), sample)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_closed_gates(
@@ -219,6 +222,7 @@ def test_closed_gates(
 # ------------------------------------------------------------------------------- NaN and infinity
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan(backend: Backend, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
@@ -262,6 +266,7 @@ def test_nan(backend: Backend, dtype: torch.dtype, layout: str, generator: torch
         assert to_channels[n, c, p] == (c != 17)
 
 
+@pytest.mark.every_isa
 def test_infinities(backend: Backend, generator: torch.Generator) -> None:
     """Opposite ones have no mean but a maximum; nothing but the lowest has a first one too."""
     sample = draw_sample(Problem((1, 4, 6, 7)), generator, backend)
@@ -351,6 +356,7 @@ DETERMINISM = [
 ]
 
 
+@pytest.mark.every_isa
 @pytest.mark.on("cpu")
 @pytest.mark.usefixtures("thread_count")
 @pytest.mark.parametrize("problem", [*DETERMINISM, *LARGE], ids=str)

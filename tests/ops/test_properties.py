@@ -79,6 +79,7 @@ def lay_out(x: Tensor, view: tuple[tuple[int, ...], list[int], list[int], int]) 
     return memory.as_strided(x.shape, strides, offset).copy_(x)
 
 
+@pytest.mark.every_isa
 def test_values_and_gradients_for_any_strides(backend: Backend) -> None:
     @rules(backend)
     @given(problem=problems(), view=views(), grad_view=views(), number=st.integers(0, 2**31))
@@ -138,6 +139,7 @@ def test_fake_strides_are_the_real_ones(backend: Backend) -> None:
 # --------------------------------------------------------------------------------- symmetries
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_channels_may_change_places(
     backend: Backend, layout: str, generator: torch.Generator
@@ -153,6 +155,7 @@ def test_channels_may_change_places(
     torch.testing.assert_close(moved, plain[:, order])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dims", [(2,), (3,), (2, 3)], ids=str)
 def test_maps_may_be_flipped(
@@ -167,6 +170,7 @@ def test_maps_may_be_flipped(
     torch.testing.assert_close(backend.ops.forward(*flipped), plain.flip(dims))
 
 
+@pytest.mark.every_isa
 def test_maps_may_be_transposed(backend: Backend, generator: torch.Generator) -> None:
     arguments = draw(Problem((2, 5, 13, 10), 5, 2, torch.float64), generator, backend.device)
     turned = Arguments(
@@ -176,6 +180,7 @@ def test_maps_may_be_transposed(backend: Backend, generator: torch.Generator) ->
     torch.testing.assert_close(backend.ops.forward(*turned), plain.mT)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_a_kernel_padded_with_zeros_is_the_same_kernel(
     backend: Backend, layout: str, generator: torch.Generator
@@ -190,6 +195,7 @@ def test_a_kernel_padded_with_zeros_is_the_same_kernel(
         )
 
 
+@pytest.mark.every_isa
 def test_without_convolution_the_output_is_half_the_refined_input(
     backend: Backend, generator: torch.Generator
 ) -> None:

@@ -18,6 +18,8 @@ from support.samples import (
     truth,
 )
 
+pytestmark = pytest.mark.every_isa
+
 COUNT = 200
 LARGEST_MAP = 2500  # pixels; the sample list has larger ones
 LARGEST_EMULATED_MAP = 400

@@ -50,6 +50,7 @@ def _schemas(namespace: str) -> dict[str, str]:
 
 def test_opcheck_of_the_diagnostics() -> None:
     opcheck(torch.ops.cbam._cpu_isa.default, ())
+    opcheck(torch.ops.cbam._use_cpu_isa.default, (torch.ops.cbam._cpu_isa(),))
 
 
 @pytest.mark.parametrize("problem", FEW, ids=str)

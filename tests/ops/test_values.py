@@ -30,6 +30,7 @@ from support.samples import (
 HALF = (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.every_isa
 @pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_output_and_gates(backend: Backend, problem: Problem, generator: torch.Generator) -> None:
@@ -53,6 +54,7 @@ def test_output_and_gates(backend: Backend, problem: Problem, generator: torch.G
         assert argument is None or torch.equal(argument, copy), "an argument was modified"
 
 
+@pytest.mark.every_isa
 @pytest.mark.on("cpu")
 @pytest.mark.parametrize("problem", LARGE, ids=str)
 def test_output_of_large_samples(
@@ -62,6 +64,7 @@ def test_output_of_large_samples(
     assert_close(backend.ops.forward(*arguments), truth(arguments).output, "output")
 
 
+@pytest.mark.every_isa
 @pytest.mark.emulate(one_in=3)
 @pytest.mark.parametrize("problem", PROBLEMS[::5], ids=str)
 def test_training_and_inference_give_the_same_bits(
@@ -74,6 +77,7 @@ def test_training_and_inference_give_the_same_bits(
     assert same_bits(inference, training.detach())
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_is_closer_to_the_truth_than_eager_half(
@@ -174,6 +178,7 @@ def test_input_strides(
         assert same_bits(output, backend.ops.forward(*arguments))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_tensors_begin_does_not_matter(
@@ -268,6 +273,7 @@ def _odd_parameters(arguments: Arguments) -> dict[str, Arguments]:
     }
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("odd", ["transposed", "channels_last convolution", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parameter_strides(
@@ -298,6 +304,7 @@ def test_expanded_parameters(backend: Backend, generator: torch.Generator) -> No
 # ------------------------------------------------------------------- numbers out of the ordinary
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_nan_anywhere_spreads_over_its_own_sample(
@@ -320,6 +327,7 @@ def test_a_nan_anywhere_spreads_over_its_own_sample(
         assert same_bits(output[2], clean[2])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("name", NAMES[1:6])
 def test_nan_in_a_parameter(backend: Backend, name: str, generator: torch.Generator) -> None:
     """relu(NaN) is NaN: a broken weight must not hide behind the ReLU."""
@@ -333,6 +341,7 @@ def test_nan_in_a_parameter(backend: Backend, name: str, generator: torch.Genera
     assert output[expected.isnan()].isnan().all()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize(
     "case", ["inf", "-inf", "-inf plane", "-inf everywhere", "both", "inf pixel"]
@@ -359,6 +368,7 @@ def test_infinities(backend: Backend, case: str, layout: str, generator: torch.G
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("dtype", "scale"),
@@ -392,6 +402,7 @@ def test_huge_and_tiny_numbers(
     assert_close(output, truth(extreme).output, "output")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gates_saturate_without_nan(
@@ -412,6 +423,7 @@ def test_gates_saturate_without_nan(
             )
 
 
+@pytest.mark.every_isa
 @pytest.mark.emulate(one_in=5)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import cbam_ext
+
+from . import instruction_sets
 
 # Through the environment the workers of a parallel run and the tests' own subprocesses inherit it.
 SEED = int(os.environ.setdefault("CBAM_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
@@ -23,6 +26,12 @@ class Backend:
     name: str
     device: torch.device
     namespace: str = "cbam"
+    isa: str | None = None  # the instruction set to run on; None: the one in use
+
+    @property
+    def family(self) -> str:
+        """What marks call it: one name for all instruction sets."""
+        return self.name.partition("-")[0]
 
     @property
     def ops(self) -> Any:
@@ -34,11 +43,16 @@ class Backend:
         return self.name == "emulated"
 
 
-BACKENDS = {
-    "cpu": Backend("cpu", torch.device("cpu")),
-    "emulated": Backend("emulated", torch.device("cpu"), "cbam_emulated"),
-    "cuda": Backend("cuda", torch.device("cuda")),
-}
+def _all_backends() -> Iterator[Backend]:
+    cpu = torch.device("cpu")
+    yield Backend("cpu", cpu)
+    for name in reversed(instruction_sets.NUMBERS):
+        yield Backend(f"cpu-{name}", cpu, isa=name)
+    yield Backend("emulated", cpu, "cbam_emulated")
+    yield Backend("cuda", torch.device("cuda"))
+
+
+BACKENDS = {backend.name: backend for backend in _all_backends()}
 
 
 def backends() -> list[Backend]:
@@ -48,7 +62,7 @@ def backends() -> list[Backend]:
     if names - BACKENDS.keys():
         raise pytest.UsageError(f"CBAM_TEST_BACKENDS={wish}: there are {', '.join(BACKENDS)}")
     if not names:
-        names = {"cpu", "emulated"}
+        names = {"cpu", "emulated", *(f"cpu-{isa}" for isa in instruction_sets.others())}
         if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
             names.add("cuda")
     return [backend for name, backend in BACKENDS.items() if name in names]

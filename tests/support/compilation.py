@@ -1,0 +1,146 @@
+"""Compiles what the tests have in C++, once for every state of its sources."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbam_ext.building import compile, decisions
+
+from .packages import CHECKOUT
+
+CSRC = decisions.source_dir()
+
+JOBS = 2
+KEPT_DAYS = 3  # a file of the cache that was not used for so long is deleted
+
+_HEADERS = {".h", ".cuh", ".inl"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library, and all that it is compiled from."""
+
+    name: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    flags: tuple[str, ...]
+    linked: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()  # what else it depends on
+
+
+def headers_in(*folders: Path) -> tuple[Path, ...]:
+    """Every header in the folders and below."""
+    paths = (path for folder in folders for path in sorted(folder.rglob("*")))
+    return tuple(path for path in paths if path.suffix in _HEADERS)
+
+
+def product_flags(*more: str, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The flags of the product, less those that begin like `without`; more; those of CXXFLAGS."""
+    flags = [flag for flag in decisions.CXX_FLAGS if not flag.startswith(without)]
+    flags += [f"-ffile-prefix-map={CHECKOUT}{os.sep}=", "-std=c++17", "-fPIC", *more]
+    return (*flags, *shlex.split(os.environ.get("CXXFLAGS", "")))
+
+
+def build(library: Library, cache: Path) -> Path:
+    """The library in the folder, compiled if anything about it has changed."""
+    command = [*compiler(), *library.flags]
+    facts = (command, compiler_version(), library.linked, library.facts)
+    common = hashlib.sha256(repr(facts).encode())
+    for path in library.headers:
+        _feed(common, path)
+    cache.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in library.sources:
+        digest = common.copy()
+        _feed(digest, source)
+        objects.append(cache / f"{source.stem}-{digest.hexdigest()[:16]}.o")
+    digest = hashlib.sha256("".join(path.name for path in objects).encode())
+    target = cache / f"lib{library.name}-{digest.hexdigest()[:16]}.so"
+    with _lock(cache / "lock"):
+        if not target.exists():
+            with ThreadPoolExecutor(JOBS) as pool:
+                jobs = [
+                    pool.submit(_compile_one, command, source, object_file)
+                    for source, object_file in zip(library.sources, objects, strict=True)
+                    if not object_file.exists()
+                ]
+                for job in jobs:
+                    job.result()
+            _link(command, objects, library.linked, target)
+        _delete_old_files(cache, {target, *objects})
+    return target
+
+
+def compiler() -> list[str]:
+    return shlex.split(compile.find_compiler())
+
+
+def compiler_version() -> str:
+    return decisions.first_line([*compiler(), "--version"])
+
+
+def _compile_one(command: Sequence[str], source: Path, target: Path) -> None:
+    unfinished = target.with_suffix(".tmp")
+    _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+    unfinished.rename(target)
+
+
+def _link(
+    command: Sequence[str], objects: Sequence[Path], linked: Sequence[str], target: Path
+) -> None:
+    unfinished = target.with_suffix(".tmp")
+    _run([*command, "-shared", *map(str, objects), *linked, "-o", str(unfinished)])
+    unfinished.rename(target)
+
+
+def _run(command: Sequence[str]) -> None:
+    # The compiler itself needs no sanitizer.
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    if done.returncode != 0:
+        raise decisions.BuildError(
+            f"a library of the tests does not compile:\n{shlex.join(command)}\n{done.stdout}"
+        )
+    if done.stdout.strip():  # warnings
+        print(done.stdout, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------- cache
+
+
+def _feed(digest: hashlib._Hash, path: Path) -> None:
+    # By its place in the checkout: copies of that share a cache.
+    place = path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+    digest.update(place.as_posix().encode() + b"\0")
+    digest.update(path.read_bytes() + b"\0")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process builds, the others wait for it: the workers of a parallel test run."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _delete_old_files(cache: Path, used: set[Path]) -> None:
+    now = time.time()
+    for path in used:
+        if path.exists():
+            os.utime(path)
+    for path in cache.glob("*-*.*"):
+        if path not in used and now - path.stat().st_mtime > KEPT_DAYS * 24 * 3600:
+            path.unlink()
