@@ -59,6 +59,7 @@ def test_misplaced_faults_are_found(tmp_path: Path) -> None:
             ("hangs", "tests/a.py::c[no norm]"),
         ),
         (-11, "tests/a.py::b PASSED [ 1%]\ntests/a.py::c ", ("crashes", "tests/a.py::c")),
+        (-6, "tests/a.py::c Fatal Python error: Aborted", ("crashes", "tests/a.py::c")),
         (None, "[gw0] [ 1%] PASSED tests/a.py::b", ("hangs", "tests/a.py::b")),
     ],
 )

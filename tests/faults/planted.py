@@ -101,6 +101,18 @@ _CPU = (
         "for (int i = 0; i < tail.count - 1; ++i) lanes[i] = p[i];",
     ),
     Fault(
+        "cpu-avx2-maximum-of-floats-keeps-the-other-nan",
+        "csrc/cpu/simd.h",
+        "(V)_mm256_max_ps((__m256)a, (__m256)b)",
+        "(V)_mm256_max_ps((__m256)b, (__m256)a)",
+    ),
+    Fault(
+        "cpu-best-instruction-set-cannot-be-wished-for",
+        "csrc/cpu/dispatch.cpp",
+        "for (int isa = 0; isa <= best; ++isa) {",
+        "for (int isa = 0; isa < best; ++isa) {",
+    ),
+    Fault(
         "cpu-bfloat16-rounds-ties-up",
         "csrc/cpu/simd.h",
         "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",

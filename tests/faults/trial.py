@@ -134,7 +134,7 @@ def judge(finished: Finished) -> tuple[str, str]:
 
 def _last_test(output: str) -> str:
     """The one that -v named last."""
-    verdict = r"(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?"
+    verdict = r"(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|Fatal)\b.*)?"
     pattern = rf"^(?:\[gw\d+\].*? )?(tests/\S+::.+?)\s*{verdict}$"
     named = re.findall(pattern, output, re.MULTILINE)
     return named[-1] if named else ""
