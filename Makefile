@@ -44,7 +44,7 @@ test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and othe
 	$(PYTEST) -m tools $(ARGS)
 
 test-faults: $(VENV)/.extra-test  ## plant faults and see which tests find them (an hour or two)
-	$(BIN)/python -m faults $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
 
 bench: $(VENV)/.extra-bench  ## measure against eager, torch.compile and others
 	$(BIN)/python -m bench $(ARGS)

@@ -1,5 +1,5 @@
 """The built libraries take nothing from libtorch but C functions of its stable ABI that the oldest
-supported version has."""
+supported version has, and give nothing away."""
 
 from __future__ import annotations
 
@@ -136,6 +136,13 @@ def test_needed_libraries(library: Path) -> None:
     assert needed(library) & torchs_libraries() <= allowed
     # Any Python loads them; the CUDA runtime is linked in.
     assert [name for name in needed(library) if re.match("libpython|libcud", name)] == []
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.partition(".")[0])
+def test_nobody_else_sees_our_functions(library: Path) -> None:
+    """Two libraries with the same ones, of another version say, do not take each other's."""
+    lines = output("nm", "--dynamic", "--defined-only", "--demangle", library).splitlines()
+    assert [line for line in lines if re.search(r"\bcbam(::|_)|\bPyInit_(?!_C$)", line)] == []
 
 
 # --------------------------------------------------------------- the audit finds what it is for

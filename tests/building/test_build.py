@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from setuptools import Distribution
 
 from cbam_ext.building import compile, decisions, jit
-from cbam_ext.building.decisions import BuildError
+from cbam_ext.building.decisions import BuildError, CudaPlan, Toolkit
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -236,6 +240,79 @@ class TestSources:
         assert decisions.source_hash() == first
         (tmp_path / "a.cpp").write_text("int b;")
         assert decisions.source_hash() != first
+
+    def test_hash_follows_every_source(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a compiler reads is never stale: all that lies there, but what is for people."""
+        folder = tmp_path / "csrc"
+        shutil.copytree(decisions.source_dir(), folder)
+        monkeypatch.setattr(decisions, "source_dir", lambda: folder)
+        first = decisions.source_hash()
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            path.write_bytes(content + b"\n")
+            assert (decisions.source_hash() == first) == (path.suffix == ".md"), path
+            path.write_bytes(content)
+        assert decisions.source_hash() == first
+
+
+class TestJit:
+    """What a build that is kept is kept for."""
+
+    @pytest.fixture
+    def folder(self) -> Path:
+        return jit.cache_dir(CudaPlan(None, (), ""))
+
+    @pytest.mark.parametrize(("variable", "value"), [("CXXFLAGS", "-march=native"), ("CXX", "cc")])
+    def test_environment(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+    ) -> None:
+        assert jit.cache_dir(CudaPlan(None, (), "another reason")) == folder
+        monkeypatch.setenv(variable, value)
+        assert jit.cache_dir(CudaPlan(None, (), "")) != folder
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "value"),
+        [
+            (decisions, "source_hash", lambda: "another"),
+            (decisions, "CXX_FLAGS", ("-O0",)),
+            (decisions, "NVCC_FLAGS", ("-O0",)),
+            (torch, "__version__", "2.99.0"),
+            (torch.version, "cuda", "99.0"),
+            (sys.implementation, "cache_tag", "cpython-399"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+    def test_surroundings(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object
+    ) -> None:
+        monkeypatch.setattr(owner, name, value)
+        assert jit.cache_dir(CudaPlan(None, (), "")) != folder
+
+    def test_toolkit_and_architectures(self, folder: Path, tmp_path: Path) -> None:
+        older, newer = (Toolkit(tmp_path, v, tmp_path, tmp_path) for v in ("13.0", "13.1"))
+        plans = [(older, ("8.0",)), (newer, ("8.0",)), (older, ("8.0+PTX",))]
+        folders = {jit.cache_dir(CudaPlan(toolkit, archs, "")) for toolkit, archs in plans}
+        assert len(folders | {folder}) == 4
+
+
+class TestOldCudaLibrary:
+    """One that an earlier build left is not to be loaded, or packed, with a build without CUDA."""
+
+    @pytest.mark.parametrize("mode", ["inplace", "editable_mode", "neither"])
+    def test_it_goes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        monkeypatch.setattr(compile, "__file__", str(tmp_path / "cbam_ext/building/compile.py"))
+        libraries = [tmp_path / f / "libcbam_cuda.so" for f in ("lib/cbam_ext", "cbam_ext")]
+        for library in libraries:
+            library.parent.mkdir(parents=True)
+            library.touch()
+        command = compile.build_command(CudaPlan(None, (), ""))(Distribution())
+        command.build_lib, command.extensions = str(tmp_path / "lib"), []
+        if mode != "neither":
+            setattr(command, mode, True)
+        command.run()
+        assert [library.exists() for library in libraries] == [False, mode == "neither"]
 
 
 class TestRequirements:

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cbam_ext
 
+from support import operators
 from support.backends import Backend
-from support.samples import NAMES
+from support.samples import NAMES, Problem, draw
 
 
 def good(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -149,6 +150,23 @@ def test_mixed_devices_of_the_operator(backend: Backend, name: str) -> None:
     # One meta tensor takes the whole call to the fake kernel, whose errors are the function's.
     with pytest.raises((RuntimeError, ValueError), match=r"device.*meta"):
         backend.ops.forward(*call.values())
+
+
+@pytest.mark.parametrize("name", operators.NAMES)
+def test_kernels_ask_for_the_devices(
+    backend: Backend, name: str, generator: torch.Generator
+) -> None:
+    """As they are met where CPU and CUDA are mixed: no fake kernel is asked then."""
+    arguments = draw(Problem((2, 6, 4, 5), 3, 5, biases="12c"), generator, backend.device)
+    call = operators.calls(backend, arguments, generator)[name]
+    overload = getattr(backend.ops, name).default
+    kernel = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, backend.device.type.upper()))
+    overload.redispatch(kernel, *call)
+    for place, argument in enumerate(overload._schema.arguments):
+        if isinstance(call[place], Tensor) and argument.name != "input":
+            mixed = [*call[:place], call[place].to("meta"), *call[place + 1 :]]
+            with pytest.raises(RuntimeError, match=f"{argument.name} must be on the device of inp"):
+                overload.redispatch(kernel, *mixed)
 
 
 @pytest.mark.parametrize("name", NAMES)
