@@ -128,7 +128,9 @@ step_kernels() {
 }
 
 run_pytest() {
-  CBAM_TEST_BACKENDS=$device say_and_run "$python" -m pytest -q -p no:cacheprovider "$@"
+  # The slow ones too.
+  CBAM_TEST_BACKENDS=$device say_and_run "$python" -m pytest -q -p no:cacheprovider \
+    -m "not install and not tools" "$@"
 }
 
 # pytest's options that leave out the test files whose imports are missing here.
@@ -150,7 +152,8 @@ END
 }
 
 step_tests() {
-  local options=(--ignore=tests/cuda/test_cuda.py --durations=10) ignored selection=cuda
+  # tests/cuda is about the kernels without a GPU, but for test_cuda.py, whose parts are other steps.
+  local options=(--ignore=tests/cuda --durations=10) ignored selection=cuda
   mapfile -t ignored < <(files_to_ignore)
   # Many processes share the GPU; each takes some hundred megabytes of it.
   if "$python" -c 'import xdist' 2> /dev/null; then

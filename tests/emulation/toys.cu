@@ -1,4 +1,5 @@
-// Small kernels, right ones and faulty ones, on which tests/cuda/test_emulation.py tries the emulation.
+// Small kernels, right ones and faulty ones, on which tests/cuda/test_emulation.py tries the
+// emulation.
 //
 // Each entry returns null or the message of the error; memory is the caller's.
 #include <cuda_bf16.h>
