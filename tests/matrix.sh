@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 # Tests of the operator and the module: nothing that builds the package, or needs smp.
 core=(tests/ops tests/layers tests/module tests/cpu tests/export/test_export.py
-  tests/building/test_abi.py)
+  tests/building/test_abi.py --ignore=tests/module/test_distributed.py)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
