@@ -51,7 +51,7 @@ def test_misplaced_faults_are_found(tmp_path: Path) -> None:
     [
         (0, "1 passed", ("survives", "")),
         (1, "FAILED tests/a.py::b[no norm] - assert 0", ("fails", "tests/a.py::b[no norm]")),
-        (1, "FAILED tests/a.py::b", ("fails", "tests/a.py::b")),
+        (1, "tests/a.py::b noise\nFAILED [ 1%]\nFAILED tests/a.py::b", ("fails", "tests/a.py::b")),
         (2, "ERROR tests/a.py - ImportError", ("fails", "tests/a.py")),
         (
             None,

@@ -124,7 +124,7 @@ def judge(finished: Finished) -> tuple[str, str]:
         return "hangs", _last_test(finished.output)
     if finished.status == 0:
         return SURVIVED, ""
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", finished.output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", finished.output, re.MULTILINE)
     if finished.status in (1, 2) and failed:
         return "fails", failed.group(1)
     if finished.status < 0:
