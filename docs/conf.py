@@ -47,6 +47,8 @@ ROOT = DOCS.parent
 TEXTS = {
     "changelog": ROOT / "CHANGELOG.md",
     "contributing": ROOT / "CONTRIBUTING.md",
+    "sources": ROOT / "csrc/README.md",
+    "sources-cuda": ROOT / "csrc/cuda/README.md",
     "measurements": ROOT / "bench/README.md",
     "measurements-cpu": ROOT / "bench/results/cpu.md",
     "measurements-norm": ROOT / "bench/results/cpu_norm.md",

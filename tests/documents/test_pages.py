@@ -13,6 +13,7 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")),
+    *(ROOT / "csrc" / name for name in ("README.md", "cuda/README.md")),
     *sorted((ROOT / "bench" / "results").glob("*.md")),
     *PAGES,
 ]
