@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .calls import below_autograd, call
+from .calls import BelowAutograd, below_autograd_if_unobserved, call, overloads
 from .gradients import PARAMETERS, groups, select
+
+_native_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 class BatchNorm(NamedTuple):
@@ -40,13 +42,15 @@ class EagerBatchNorm(Function):
         input: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        channel_gate, logits = below_autograd(namespace, "_logits", input, *parameters)
-        logits = logits.to(norm.dtype)
-        normed, *moments = torch.native_batch_norm(
-            logits, weight, bias, *norm.statistics, True, norm.momentum, norm.eps
-        )
-        normed = normed.to(channel_gate.dtype)
-        output = below_autograd(namespace, "_apply", input, channel_gate, normed)
+        operators = overloads(namespace)
+        with BelowAutograd():
+            channel_gate, logits = operators["_logits"](input, *parameters)
+            logits = logits.to(norm.dtype)
+            normed, *moments = torch.native_batch_norm(
+                logits, weight, bias, *norm.statistics, True, norm.momentum, norm.eps
+            )
+            normed = normed.to(channel_gate.dtype)
+            output = operators["_apply"](input, channel_gate, normed)
         ctx.namespace, ctx.norm = namespace, norm
         ctx.save_for_backward(
             *(weight, bias, input, *parameters, channel_gate, logits, normed, *moments)
@@ -58,23 +62,22 @@ class EagerBatchNorm(Function):
         wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *EagerBatchNorm._differentiable(ctx, grad_output, wanted)
-        weight, _, input, *parameters, channel_gate, logits, normed, mean, deviation = (
-            ctx.saved_tensors
-        )
-        grad_channel_gate, grad_normed, spatial_gate = call(
-            ctx.namespace, "_apply_backward", grad_output, input, channel_gate, normed
-        )
-        grad_logits, *grad_norm = torch.ops.aten.native_batch_norm_backward(
-            *(grad_normed.to(logits.dtype), logits, weight, None, None, mean, deviation),
-            *(True, ctx.norm.eps, [True, wanted[0], wanted[1]]),
-        )
-        grad_logits = grad_logits.to(grad_normed.dtype)
-        gradients = call(
-            ctx.namespace,
-            "_logits_backward",
-            *(grad_output, input, channel_gate, spatial_gate, grad_channel_gate, grad_logits),
-            *(*parameters, *groups(wanted[2:])),
-        )
+        saved = ctx.saved_tensors  # can be read once only where activations are checkpointed
+        weight, _, input, *parameters, channel_gate, logits, normed, mean, deviation = saved
+        operators = overloads(ctx.namespace)
+        with below_autograd_if_unobserved((grad_output, *saved)):
+            grad_channel_gate, grad_normed, spatial_gate = operators["_apply_backward"](
+                grad_output, input, channel_gate, normed
+            )
+            grad_logits, *grad_norm = _native_batch_norm_backward(
+                *(grad_normed.to(logits.dtype), logits, weight, None, None, mean, deviation),
+                *(True, ctx.norm.eps, [True, wanted[0], wanted[1]]),
+            )
+            grad_logits = grad_logits.to(grad_normed.dtype)
+            gradients = operators["_logits_backward"](
+                *(grad_output, input, channel_gate, spatial_gate, grad_channel_gate, grad_logits),
+                *(*parameters, *groups(wanted[2:])),
+            )
         return None, None, *select((*grad_norm, *gradients), wanted)
 
     @staticmethod

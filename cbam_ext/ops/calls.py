@@ -7,17 +7,18 @@ so everything here takes the name of the operators' namespace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import (
     _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch.autograd import forward_ad
 
 # Of an operator's arguments. Any other subclass of Tensor may override what a call does.
@@ -93,10 +94,24 @@ def wants_derivative(arguments: Sequence[Any]) -> bool:
     )
 
 
+def overloads(namespace: str) -> dict[str, torch._ops.OpOverload]:
+    """The operators by their names, for several calls within one of the two guards below.
+
+    A guard takes as long as a kernel does for a small feature map.
+    """
+    return _overloads[namespace]
+
+
 def below_autograd(namespace: str, name: str, *arguments: Any) -> Any:
     """Calls an operator without derivatives, past the Python function under its Autograd key."""
-    with _AutoDispatchBelowAutograd():
+    with BelowAutograd():
         return _overloads[namespace][name](*arguments)
+
+
+def below_autograd_if_unobserved(arguments: Sequence[Any]) -> AbstractContextManager[Any]:
+    """A guard for calls whose arguments are these or computed from these, as in :func:`call`."""
+    unobserved = _is_unobserved(arguments) and not torch.is_grad_enabled()
+    return BelowAutograd() if unobserved else nullcontext()
 
 
 def call(namespace: str, name: str, *arguments: Any) -> Any:
