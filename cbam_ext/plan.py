@@ -29,7 +29,6 @@ class Gpu:
 
     multiprocessors: int = 132
     l2_bytes: int = 50 << 20
-    shared_bytes: int = 227 << 10  # that a block may ask for
     name: str = "H100"
 
     @classmethod
@@ -41,7 +40,6 @@ class Gpu:
         return cls(
             found.multi_processor_count,
             found.L2_cache_size,
-            found.shared_memory_per_block_optin,
             found.name,
         )
 
@@ -89,10 +87,6 @@ class LaunchPlan:
     tile_columns: int
     tiles: int
     staged: bool  # whether the convolution works in shared memory
-    gate_vector: int
-    gate_lanes: int
-    gate_channel_span: int
-    gate_channel_spans: int
 
     @property
     def sample_bytes(self) -> int:
@@ -119,12 +113,11 @@ class LaunchPlan:
         tiles = self.chunk * self.tiles
         wide = self.vector * self.dtype.itemsize
         if not self.backward:
-            gate = tiles * self.gate_channel_spans
-            gate_access = self.gate_vector * self.dtype.itemsize
             return (
                 Launch("pool", sweep, "x", "channel gate", 1, 0, wide),
                 Launch("channel statistics", sweep, "x", "2 maps per pixel", 1, 0, wide),
-                Launch("gate", gate, "x", "y", 1, 1, gate_access),
+                Launch("spatial gate", tiles, "2 maps per pixel", "spatial gate", 0),
+                Launch("output", sweep, "x", "y", 1, 1, wide),
             )
         return (
             Launch("gate gradients", sweep, "x, dy", "4 maps per pixel", 2, 0, wide),
@@ -165,7 +158,7 @@ class LaunchPlan:
         return (
             f"{what} of {shape} {name_of(self.dtype)}, {layout}, kernel size {self.kernel_size}\n"
             f"  on {gpu.name}: {count(gpu.multiprocessors, 'multiprocessor')}, "
-            f"L2 {in_bytes(gpu.l2_bytes)}, shared memory {in_bytes(gpu.shared_bytes)} a block"
+            f"L2 {in_bytes(gpu.l2_bytes)}"
         )
 
     def _chunks(self) -> str:
@@ -196,18 +189,12 @@ class LaunchPlan:
     def _tiles(self) -> str:
         rows, columns = ("pixels", "channels") if self.channels_last else ("channels", "pixels")
         place = "in shared memory" if self.staged else "from global memory: too big to stage"
-        lines = [
+        return (
             f"  a block of a sweep takes {self.row_span} {rows} x {self.column_span} {columns}, "
-            f"a sample is {self.row_spans} x {self.column_spans} of them",
+            f"a sample is {self.row_spans} x {self.column_spans} of them\n"
             f"  the convolution takes tiles of {self.tile_rows} x {self.tile_columns} pixels, "
-            f"{self.tiles} of a sample, {place}",
-        ]
-        if not self.backward and self.gate_channel_spans > 1:
-            lines.append(
-                f"  the gate's tiles are shared by {self.gate_channel_spans} blocks of "
-                f"{self.gate_channel_span} channels each"
-            )
-        return "\n".join(lines)
+            f"{self.tiles} of a sample, {place}"
+        )
 
     def _sum(self) -> str:
         reads, writes = self.passes
@@ -255,7 +242,7 @@ def launch_plan(
     if not library.is_loaded():
         raise RuntimeError(library.no_kernel_reason("cpu"))
     question = [n, c, h, w, kernel_size, DTYPES.index(dtype), last, backward]
-    device = [gpu.multiprocessors, gpu.l2_bytes, gpu.shared_bytes]
+    device = [gpu.multiprocessors, gpu.l2_bytes]
     answer = torch.ops.cbam._launch_plan(
         torch.tensor([int(value) for value in (*question, *device)], device="cpu")
     ).tolist()
@@ -289,8 +276,6 @@ def _check(
     if not 0 < kernel_size <= _MAX_KERNEL or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at most {_MAX_KERNEL}, got {kernel_size}")
     if not 0 < gpu.multiprocessors < 2**31 or not 0 < gpu.l2_bytes < _MAX_BYTES:
-        raise ValueError(f"there is no such GPU: {gpu}")
-    if not 0 < gpu.shared_bytes < _MAX_BYTES:
         raise ValueError(f"there is no such GPU: {gpu}")
 
 

@@ -23,7 +23,6 @@ def add_parser(commands: Any) -> None:
     gpu = parser.add_argument_group("the GPU", "by default that of this machine, or else an H100")
     gpu.add_argument("--multiprocessors", type=int)
     gpu.add_argument("--l2-mib", type=float, metavar="MIB")
-    gpu.add_argument("--shared-kib", type=float, metavar="KIB", help="that a block may ask for")
 
 
 def run(options: argparse.Namespace) -> str:
@@ -32,7 +31,6 @@ def run(options: argparse.Namespace) -> str:
     wish = {
         "multiprocessors": options.multiprocessors,
         "l2_bytes": options.l2_mib and int(options.l2_mib * 2**20),
-        "shared_bytes": options.shared_kib and int(options.shared_kib * 2**10),
     }
     wish = {name: value for name, value in wish.items() if value is not None}
     if wish:

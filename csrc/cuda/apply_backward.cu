@@ -8,6 +8,7 @@
 // The first is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
 #include "call.cuh"
+#include "channel_stats.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -28,10 +29,10 @@ struct PhaseGrads {
 
 template <class A>
 __device__ A add_partials(const A* partials, int64_t index, int64_t size, int64_t spans) {
-  const int64_t sample = index / size, element = index - sample * size;
-  A sum = 0;
-  for (int64_t i = 0; i < spans; ++i) sum += load(partials + (sample * spans + i) * size + element);
-  return sum;
+  const int64_t sample = index / size, first = sample * spans * size + (index - sample * size);
+  return join_spans<Sum<A>>(
+             spans, [&](int span) -> Sum<A> { return {load(partials + first + span * size)}; })
+      .value;
 }
 
 template <class S>

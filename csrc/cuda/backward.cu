@@ -180,7 +180,7 @@ void launch_map_grads(const Chunk<S, layout, W>& chunk, const BackwardArgs& args
     grads.conv_grads = chunk.part(memory.conv_grads, plan.tiling.tiles * size);
   }
   chunk.launcher.launch(map_grads_kernel<S>, chunk.samples * plan.tiling.tiles,
-                        plan.tiling.staged ? staged_bytes(plan.tiling, p, 3, 0) : kPlaceBytes,
+                        plan.tiling.staged ? staged_bytes(plan.tiling, p, Pass::kBackward) : 0,
                         grads);
 }
 

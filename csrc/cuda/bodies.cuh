@@ -2,6 +2,7 @@
 //
 //   Pool            x      per channel  sum, maximum                         (forward, launch 1)
 //   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 2)
+//   Apply           x      y                                                 (forward, launch 6)
 //   GateGrads       x, g   per pixel    sum_c g u, and ChannelStats          (backward, launch 1)
 //                          per channel  sum_p g sa x
 //   BackwardPool    x      per channel  Pool, and sum_p x (gradient of s)    (backward, launch 3)
@@ -72,6 +73,16 @@ struct Body {
            channel;
   }
 };
+
+// Spatial gates of W pixels, which may come as logits.
+template <bool kLogits, int W, class A>
+__device__ void load_gates(const A* from, A (&to)[W]) {
+  load_values<W>(from, to);
+  if constexpr (kLogits) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) to[i] = sigmoid(to[i]);
+  }
+}
 
 template <class S>
 struct Pool : Body<S> {
@@ -160,6 +171,32 @@ struct ChannelStats : Body<S> {
   }
 };
 
+// y = sa ca x. The spatial gate comes as logits where something stands between forward's phases.
+template <class S, bool kLogits>
+struct Apply : Body<S> {
+  using A = Acc<S>;
+  using PixelFactor = A;    // sa
+  using ChannelFactor = A;  // ca
+  static constexpr Use kUse = Use::kLast;
+  static constexpr bool kWrites = true;
+
+  S* output;    // y
+  const A* ca;  // [chunk, C]
+  const A* sa;  // [chunk, P]
+
+  template <int W>
+  __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
+    load_gates<kLogits>(sa + this->pixel_at(at, pixel), to);
+  }
+  template <int W>
+  __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {
+    load_values<W>(ca + this->channel_at(at, channel), to);
+  }
+  __device__ A visit(A x, A, int, int, const A& spatial, const A& gate, Nothing&, Nothing&) const {
+    return spatial * (gate * x);
+  }
+};
+
 // The sweep over (x, g). With kStats it is the first launch of backward; without, it is the
 // gradient of the second phase alone, and the spatial gate comes as logits.
 template <class S, bool kStats>
@@ -209,11 +246,7 @@ struct GateGrads : Body<S> {
   __device__ Channel start_channel(int) const { return {0}; }
   template <int W>
   __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
-    load_values<W>(sa + this->pixel_at(at, pixel), to);
-    if constexpr (!kStats) {
-#pragma unroll
-      for (int i = 0; i < W; ++i) to[i] = sigmoid(to[i]);
-    }
+    load_gates<!kStats>(sa + this->pixel_at(at, pixel), to);
   }
   template <int W>
   __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {

@@ -1,5 +1,5 @@
-// The statistics of u = ca x over the channels of a pixel, put together from what the sweeps leave
-// of each span of channels; and launches that do only that, where PyTorch runs the convolution:
+// Where partial results of spans of channels meet, pixel by pixel; and launches that do only that,
+// where PyTorch runs the convolution:
 //
 //   joined statistics   writes [N, 2, P]   mean and maximum of each pixel
 //   pixel gradients     writes [N, P]      the same as map_grads.cuh, from gradients of the
@@ -13,43 +13,79 @@
 
 namespace cbam::cuda {
 
+constexpr int kSpansAtOnce = 8;  // whose partial results a thread has in flight
+
+// Adds up the partial results of several elements, each in the order of the spans; T has combine().
+//
+//   load(element, span)   a partial result
+template <int at_once, class T, int elements, class Load>
+__device__ void join_spans(int spans, T (&totals)[elements], Load&& load) {
+#pragma unroll
+  for (int i = 0; i < elements; ++i) totals[i] = load(i, 0);
+#pragma unroll 1
+  for (int begin = 1; begin < spans; begin += at_once) {
+    T next[elements][at_once];
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+#pragma unroll
+      for (int i = 0; i < elements; ++i) next[i][j] = load(i, smaller(begin + j, spans - 1));
+    }
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      if (begin + j >= spans) break;
+#pragma unroll
+      for (int i = 0; i < elements; ++i) totals[i].combine(next[i][j]);
+    }
+  }
+}
+
+// The same for one element.
+template <class T, class Load>
+__device__ T join_spans(int64_t spans, Load&& load) {
+  T total[1];
+  join_spans<kSpansAtOnce>(static_cast<int>(spans), total,
+                           [&](int, int span) { return load(span); });
+  return total[0];
+}
+
 // Args are the arguments of a kernel, with the maps as sums, maxima and argmaxima, each
 // [chunk, spans, P], with spans, height, width and inverse_channels, 1 / C.
 
-// Mean (map 0) and maximum (map 1) of u over all channels at a pixel, from the spans' results.
-template <class A, class Args>
-__device__ A channel_stat(const Args& args, int64_t sample, int map, int64_t pixel) {
-  const int64_t pixels = args.height * args.width;
-  const A* const partials = (map == 0 ? args.sums : args.maxima) + sample * args.spans * pixels;
-  A total = load(partials + pixel);
-#pragma unroll 1
-  for (int64_t i = 1; i < args.spans; ++i) {
-    const A next = load(partials + i * pixels + pixel);
-    total = map == 0 ? total + next : maximum(total, next);
-  }
-  return map == 0 ? total * args.inverse_channels : total;
+// Offset of a partial result in such a map.
+template <class Args>
+__device__ int64_t partial_at(const Args& args, int64_t sample, int span, int64_t pixel) {
+  return (sample * args.spans + span) * args.height * args.width + pixel;
 }
 
-// The channel of that maximum.
-template <class A, class Args>
-__device__ int channel_argmax(const Args& args, int64_t sample, int64_t pixel) {
-  const int64_t pixels = args.height * args.width, at = sample * args.spans * pixels + pixel;
-  Argmax<A> best = {load(args.maxima + at), load(args.argmaxima + at)};
-  for (int64_t i = 1; i < args.spans; ++i) {
-    best.combine({load(args.maxima + at + i * pixels), load(args.argmaxima + at + i * pixels)});
+// Sum and maximum of u over the channels of a pixel.
+template <class A>
+struct Stats {
+  A sum, highest;
+
+  template <class Args>
+  static __device__ Stats load(const Args& args, int64_t sample, int span, int64_t pixel) {
+    const int64_t at = partial_at(args, sample, span, pixel);
+    return {cuda::load(args.sums + at), cuda::load(args.maxima + at)};
   }
-  return best.index;
+  __device__ void combine(const Stats& other) {
+    sum += other.sum;
+    highest = maximum(highest, other.highest);
+  }
+};
+
+// Maximum of u over the channels of a pixel, and its channel.
+template <class A, class Args>
+__device__ Argmax<A> load_argmax(const Args& args, int64_t sample, int span, int64_t pixel) {
+  const int64_t at = partial_at(args, sample, span, pixel);
+  return {load(args.maxima + at), load(args.argmaxima + at)};
 }
 
-// What backward's later launches need of one pixel, to args.pixel_grads; ds0 and ds1 are the
-// gradients of its mean and maximum over channels. args.gate_at(pixel of the chunk) is its gate.
-template <class A, class Args>
-__device__ void keep_pixel_grad(const Args& args, int64_t sample, int64_t pixel, A ds0, A ds1) {
-  const int64_t at = sample * args.height * args.width + pixel;
-  const A through_mean = ds0 * args.inverse_channels;
-  const PixelGrad<A> grad{args.gate_at(at), through_mean, through_mean + ds1,
-                          channel_argmax<A>(args, sample, pixel)};
-  store_struct(args.pixel_grads + at, grad);
+// What backward's later launches need of one pixel; ds0 and ds1 are the gradients of its mean and
+// maximum over channels, `gate` its spatial gate, `argmax` the channel of that maximum.
+template <class A>
+__device__ PixelGrad<A> pixel_grad(A gate, A inverse_channels, A ds0, A ds1, int argmax) {
+  const A through_mean = ds0 * inverse_channels;
+  return {gate, through_mean, through_mean + ds1, argmax};
 }
 
 template <class A>
@@ -69,11 +105,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<A>)
   const int64_t pixels = args.height * args.width;
   each_in_grid(args.samples * pixels, [&](int64_t i) {
     const int64_t sample = i / pixels, pixel = i - sample * pixels;
-#pragma unroll
-    for (int map = 0; map < 2; ++map) {
-      store(args.stats + (2 * sample + map) * pixels + pixel,
-            channel_stat<A>(args, sample, map, pixel));
-    }
+    const auto stats = join_spans<Stats<A>>(
+        args.spans, [&](int span) { return Stats<A>::load(args, sample, span, pixel); });
+    A* const to = args.stats + 2 * sample * pixels + pixel;
+    store(to, stats.sum * args.inverse_channels);
+    store(to + pixels, stats.highest);
   });
 }
 
@@ -87,8 +123,6 @@ struct PixelGrads {
   const A* sa;                // [chunk, P], or null where nobody asks for it
   const A* grad_stats;        // [chunk, 2, P]
   PixelGrad<A>* pixel_grads;  // [chunk, P]
-
-  __device__ A gate_at(int64_t index) const { return sa == nullptr ? A{0} : load(sa + index); }
 };
 
 template <class A>
@@ -99,7 +133,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<A>)
   each_in_grid(args.samples * pixels, [&](int64_t i) {
     const int64_t sample = i / pixels, pixel = i - sample * pixels;
     const A* const ds = args.grad_stats + 2 * sample * pixels + pixel;
-    keep_pixel_grad(args, sample, pixel, load(ds), load(ds + pixels));
+    const A gate = args.sa == nullptr ? A{0} : load(args.sa + i);
+    const A ds0 = load(ds), ds1 = load(ds + pixels);
+    const auto highest = join_spans<Argmax<A>>(
+        args.spans, [&](int span) { return load_argmax<A>(args, sample, span, pixel); });
+    store_struct(args.pixel_grads + i,
+                 pixel_grad(gate, args.inverse_channels, ds0, ds1, highest.index));
   });
 }
 

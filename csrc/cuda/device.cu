@@ -41,7 +41,6 @@ Device query(int index) {
   Device device;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
-  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   // Code that was compiled for less does not wait for the launch before it, see platform.cuh.
   // Drivers before 12.3 cannot capture dependent launches into graphs.
   int driver = 0;

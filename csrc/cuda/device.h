@@ -8,7 +8,6 @@ namespace cbam::cuda {
 struct Device {
   int multiprocessors = 1;
   int64_t l2_bytes = 0;
-  int64_t shared_bytes = 48 * 1024;  // that a block may ask for
   bool dependent_launch = false;     // programmatic dependent launch may be used
 };
 

@@ -16,7 +16,7 @@
 
 #include "call.cuh"
 #include "channel_stats.cuh"
-#include "gate.cuh"
+#include "spatial_gate.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -50,12 +50,14 @@ struct ForwardMemory {
         stats(arena, p, plan),
         ca(arena.take<A>(plan.chunk * p.c)),
         pooled(arena.take<A>(plan.chunk * 2 * p.c)),
-        hidden_units(arena.take<A>(plan.chunk * 2 * p.hidden)) {}
+        hidden_units(arena.take<A>(plan.chunk * 2 * p.hidden)),
+        sa(arena.take<A>(plan.chunk * p.pixels())) {}
   PoolMemory<A> pool;
   StatsMemory<A> stats;
   A* ca;            // [chunk, C] where the caller does not want it
   A* pooled;        // [chunk, 2, C]
   A* hidden_units;  // [chunk, 2, R]
+  A* sa;            // [chunk, P] where the caller does not want it
 };
 
 // ---------------------------------------------------------------------------------- launches
@@ -97,29 +99,29 @@ void launch_joined_stats(const Chunk<S, layout, W>& chunk, const StatsMemory<Acc
   chunk.launcher.launch_each(joined_stats_kernel<Acc<S>>, chunk.samples * p.pixels(), joined);
 }
 
-// Launch 3. `gate` with what it needs beside shapes. Its tiles may want accesses of another width
-// than the sweeps.
+// Launch 5. `gate` with the parameters and what is wanted.
 template <class S, Layout layout, int W>
-void launch_gate(const Chunk<S, layout, W>& chunk, GateArgs<S> gate) {
+void launch_spatial_gate(const Chunk<S, layout, W>& chunk, const StatsMemory<Acc<S>>& memory,
+                         SpatialGate<S> gate) {
   const Problem& p = chunk.problem;
-  const Plan& plan = chunk.plan;
-  gate.tiling = plan.tiling;
-  gate.gate = plan.gate;
-  gate.channels = p.c;
-  gate.inverse_channels = Acc<S>{1} / static_cast<Acc<S>>(p.c);
+  const Tiling& tiling = chunk.plan.tiling;
+  gate.tiling = tiling;
   gate.height = p.h;
   gate.width = p.w;
+  gate.inverse_channels = Acc<S>{1} / static_cast<Acc<S>>(p.c);
   gate.kernel = static_cast<int>(p.kernel);
-  const int64_t pixels = int64_t{plan.tiling.rows} * plan.tiling.columns;
-  const bool stages = gate.given_logits == nullptr && plan.tiling.staged;
-  const int64_t shared = stages ? staged_bytes(plan.tiling, p, 2, pixels)
-                                : kPlaceBytes + pixels * static_cast<int64_t>(sizeof(Acc<S>));
-  // Without y, one block a tile is enough.
-  if (gate.y == nullptr) gate.gate.channel_spans = 1;
-  const int64_t blocks = chunk.samples * plan.tiling.tiles * gate.gate.channel_spans;
-  with_width<S>(plan.gate.vector, [&](auto width) {
-    chunk.launcher.launch(gate_kernel<S, layout, decltype(width)::value>, blocks, shared, gate);
-  });
+  gate.sums = memory.sums;
+  gate.maxima = memory.maxima;
+  gate.spans = chunk.plan.sweep.channel_spans;
+  chunk.launcher.launch(spatial_gate_kernel<S>, chunk.samples * tiling.tiles,
+                        tiling.staged ? staged_bytes(tiling, p, Pass::kForward) : 0, gate);
+}
+
+// Launch 6. The gates of pixels are logits where kLogits.
+template <bool kLogits, class S, Layout layout, int W>
+void launch_apply(const Chunk<S, layout, W>& chunk, const S* x, const Acc<S>* ca, const Acc<S>* sa,
+                  S* y) {
+  chunk.sweep(Apply<S, kLogits>{chunk.shape(x), y, ca, sa});
 }
 
 // --------------------------------------------------------------------------------- operators
@@ -147,18 +149,17 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
 
     launch_stats(chunk, x, ca, memory.stats);
 
-    GateArgs<S> gate{};
+    A* const wanted_sa = chunk.values(args.spatial_gate, p.pixels());
+    S* const y = chunk.features(args.output);
+    A* const sa = wanted_sa == nullptr && y != nullptr ? memory.sa : wanted_sa;
+    SpatialGate<S> gate{};
     gate.conv_weight = args.parameters.conv_weight;
     gate.conv_bias = args.parameters.conv_bias;
-    gate.sums = memory.stats.sums;
-    gate.maxima = memory.stats.maxima;
-    gate.spans = call.plan.sweep.channel_spans;
-    gate.ca = ca;
-    gate.x = x;
-    gate.y = chunk.features(args.output);
-    gate.sa = chunk.values(args.spatial_gate, p.pixels());
+    gate.sa = sa;
     gate.logits = chunk.values(args.logits, p.pixels());
-    launch_gate(chunk, gate);
+    launch_spatial_gate(chunk, memory.stats, gate);
+
+    if (y != nullptr) launch_apply<false>(chunk, x, ca, sa, y);
   });
 }
 
@@ -166,12 +167,9 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
 template <class S, Layout layout, int W>
 void apply(const ApplyArgs& args, const Call<S, layout, W, NoMemory>& call) {
   call.each_chunk([&](const auto& chunk) {
-    GateArgs<S> gate{};
-    gate.given_logits = chunk.values(args.logits, call.problem.pixels());
-    gate.ca = chunk.values(args.channel_gate, call.problem.c);
-    gate.x = chunk.features(args.input);
-    gate.y = chunk.features(args.output);
-    launch_gate(chunk, gate);
+    launch_apply<true>(
+        chunk, chunk.features(args.input), chunk.values(args.channel_gate, call.problem.c),
+        chunk.values(args.logits, call.problem.pixels()), chunk.features(args.output));
   });
 }
 

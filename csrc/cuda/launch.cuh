@@ -31,13 +31,6 @@ class Launcher {
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
               Arguments&&... arguments) {
-    constexpr int64_t kUsualShared = 48 * 1024;  // more must be asked for
-    if (shared_bytes > kUsualShared) {
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            "shared memory of a kernel");
-    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(kThreads);

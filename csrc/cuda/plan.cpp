@@ -1,7 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace cbam::cuda {
 namespace {
@@ -14,8 +13,15 @@ constexpr int64_t kTogether = 16 * kMiB;    // samples of this size are launched
 constexpr int64_t kBlockBytes = 32 * kKiB;  // work that repays the beginning and end of a block
 constexpr int64_t kMaxRowSpan = 1024;       // rows whose totals a block keeps in shared memory
 constexpr int64_t kMaxPartials = 512;       // per channel, for the last block to add up
-constexpr int64_t kMaxBlocks = 2147483647;  // of a grid
-constexpr int64_t kMinTile = 128, kMaxTile = 1024;  // pixels of a tile, within reason
+// Of a chunk for each multiprocessor, for reading it from memory again to take longer than its
+// launches: six at 2 us, where a multiprocessor's share of the bandwidth is 16 bytes a nanosecond
+// and two reads are saved. (Modelled; between 5, of an L4, and 25, of an H100.)
+constexpr int64_t kChunkBytes = 96 * kKiB;
+constexpr int64_t kMaxBlocks = 2147483647;                // of a grid
+constexpr int64_t kTileColumns = 64, kTilePixels = 1024;  // of a tile: wide enough for its border
+constexpr int64_t kSpread = 64;                           // tiles that small GPUs share out
+constexpr int kMinPartBits = 2, kMaxPartBits = 4;         // of threads that share a run
+constexpr int64_t kSharedBytes = 48 * kKiB;  // that every GPU gives a block without being asked
 
 int64_t sample_bytes(const Problem& p) { return p.c * p.pixels() * element_size(p.dtype); }
 
@@ -87,89 +93,86 @@ Sweep cut_sweep(const Problem& p, int vector) {
   return s;
 }
 
-// A vector of pixels must lie in one tile: its rows are a multiple of the vector, or the tile has
-// whole rows of the map and a multiple of the vector in all. Zero rows mean that neither is
-// possible.
-Tiling cut_tiles(const Problem& p, int pixel_vector) {
-  constexpr int64_t kWide = 64;  // columns that make a tile wide enough for its halo
-  int64_t pixels = std::clamp(2 * kBlockBytes / (p.c * element_size(p.dtype)), kMinTile, kMaxTile);
-  if (samples_together(p) * divide_up(p.pixels(), pixels) < kFill) pixels = kMinTile;
-  const int64_t multiple = pixel_vector / std::gcd<int64_t, int64_t>(pixel_vector, p.w);
-  Tiling t{};
-  int64_t columns, rows, row_multiple;
-  if (p.w <= kWide || multiple > 1) {
-    columns = p.w;
-    row_multiple = multiple;
-    if (columns * multiple > 4 * kMaxTile) return t;
-  } else {
-    columns = round_up(divide_up(p.w, divide_up(p.w, kWide)), pixel_vector);
-    row_multiple = 1;
+// Threads that share a run: as many as make the fewest steps, of a column of weights each and one
+// to add up.
+int choose_part_bits(const Tiling& tiling, int64_t kernel) {
+  const auto steps = [&](int bits) {
+    const int64_t parts = int64_t{1} << bits, runs = int64_t{tiling.rows} / kRun * tiling.columns;
+    return divide_up(runs * parts, kThreads) * (divide_up(2 * kernel, parts) + 1);
+  };
+  int best = kMinPartBits;
+  for (int bits = best + 1; bits <= kMaxPartBits; ++bits) {
+    if (steps(bits) < steps(best)) best = bits;
   }
-  rows = std::max<int64_t>(pixels / columns, 1);
-  if (rows > kRun) rows = rows / kRun * kRun;
-  rows = round_up(rows, row_multiple);
-  if (rows >= p.h) rows = p.h;
-  t.rows = static_cast<int>(rows);
+  return best;
+}
+
+// Tiles of 64 columns or fewer, of whole runs. Where tiles are few they get smaller, but no smaller
+// than their border wherever the map allows that; where they are so few that multiprocessors have
+// none, work that is done twice costs nothing, and they get as small as can be.
+Tiling cut_tiles(const Problem& p) {
+  const int64_t border = p.kernel - 1;
+  const int64_t columns = divide_up(p.w, divide_up(p.w, kTileColumns));
+  const int64_t most = std::max<int64_t>(round_up(kTilePixels / columns, kRun), kRun);
+  // rows * columns > (rows + border) * (columns + border) - rows * columns
+  const int64_t least = columns > border
+                            ? round_up(border * (columns + border) / (columns - border) + 1, kRun)
+                            : most;
+  Tiling t{};
   t.columns = static_cast<int>(columns);
-  t.row_tiles = divide_up(p.h, rows);
   t.column_tiles = divide_up(p.w, columns);
-  t.tiles = t.row_tiles * t.column_tiles;
-  t.reciprocal = (uint64_t{1} << 32) / static_cast<uint64_t>(columns) + 1;
+  const auto set_rows = [&](int64_t rows) {
+    const int64_t alike = round_up(divide_up(p.h, divide_up(p.h, rows)), kRun);
+    const int64_t enough = std::min({rows, least, round_up(p.h, kRun)});
+    t.rows = static_cast<int>(std::max(alike, enough));
+    t.row_tiles = divide_up(p.h, t.rows);
+    t.tiles = t.row_tiles * t.column_tiles;
+  };
+  const auto in_flight = [&] { return samples_together(p) * t.tiles; };
+  const auto fits = [&] { return staged_bytes(t, p, Pass::kBackward) <= kSharedBytes; };
+  set_rows(most);
+  if (in_flight() < kFill) set_rows(std::min(least, most));
+  while (t.rows > kRun && (in_flight() < kSpread || !fits())) set_rows(t.rows - kRun);
+  t.staged = fits();
+  t.part_bits = choose_part_bits(t, p.kernel);
+  const auto reciprocal = [](int64_t divisor) {
+    return static_cast<uint32_t>(divide_up(int64_t{1} << kReciprocalBits, divisor));
+  };
+  t.run_reciprocal = reciprocal(columns);
+  t.window_reciprocal = reciprocal(columns + border);
   return t;
 }
 
-Gate cut_gate(const Problem& p, int vector, const Tiling& tiling) {
-  const bool nchw = p.layout == Layout::kNCHW;
-  Gate g{};
-  g.vector = vector;
-  const int64_t wanted =
-      std::max<int64_t>(1, kFill / (samples_together(p) * std::max<int64_t>(tiling.tiles, 1)));
-  constexpr int64_t kMinSpan = 16;  // channels that repay computing the gates once more
-  g.channel_span = std::min(round_up(std::max(divide_up(p.c, wanted), kMinSpan), kMinSpan), p.c);
-  g.channel_spans = divide_up(p.c, g.channel_span);
-  const int64_t row = nchw ? int64_t{tiling.rows} * tiling.columns : g.channel_span;
-  g.lanes =
-      static_cast<int>(std::min<int64_t>(power_of_two_from(divide_up(row, vector)), kThreads));
-  g.groups = kThreads / g.lanes;
-  return g;
-}
-
+// Samples whose launches run together: as many as half of the L2 cache holds, if that is worth the
+// launches of one more chunk.
 int64_t count_chunk(const Problem& p, Pass pass, const Plan& plan, const Device& device) {
-  const int64_t tensors = pass == Pass::kForward ? 1 : 2;
-  // Less would not fill the device, and a cache that small cannot hold a launch anyway.
-  const int64_t budget = std::max(device.l2_bytes / 2, device.multiprocessors * 64 * kKiB);
-  const int64_t samples =
-      std::clamp<int64_t>(budget / (tensors * sample_bytes(p)), 1, std::max<int64_t>(p.n, 1));
-  const int64_t blocks = std::max(plan.sweep.blocks, plan.tiling.tiles * plan.gate.channel_spans);
+  const int64_t all = std::max<int64_t>(p.n, 1);
+  const int64_t bytes = (pass == Pass::kForward ? 1 : 2) * sample_bytes(p);
+  const int64_t budget = device.l2_bytes / 2;
+  const bool pays = budget >= device.multiprocessors * kChunkBytes && bytes <= device.l2_bytes;
+  const int64_t blocks = std::max(plan.sweep.blocks, plan.tiling.tiles);
+  const int64_t samples = std::clamp<int64_t>(pays ? budget / bytes : all, 1, all);
   const int64_t most = std::clamp<int64_t>(kMaxBlocks / blocks, 1, samples);
   // Chunks of like size: a small last one would not fill the device.
-  const int64_t all = std::max<int64_t>(p.n, 1);
   return divide_up(all, divide_up(all, most));
 }
 
 }  // namespace
 
-int64_t staged_bytes(const Tiling& tiling, const Problem& p, int maps, int64_t values) {
+int64_t staged_bytes(const Tiling& tiling, const Problem& p, Pass pass) {
   const int64_t border = p.kernel - 1;
-  const int64_t map = (round_up(tiling.rows, kRun) + border) * (tiling.columns + border);
-  return kPlaceBytes + (2 * p.kernel * p.kernel + maps * map + values) * accumulator_size(p.dtype);
+  const int64_t window = (tiling.rows + border) * (tiling.columns + border);
+  const int64_t weights = 2 * p.kernel * round_up(p.kernel, kColumnStep);
+  const int64_t maps = pass == Pass::kForward ? 2 : 3;
+  const int64_t indices = pass == Pass::kForward ? 0 : window * static_cast<int64_t>(sizeof(int));
+  return (weights + maps * window) * accumulator_size(p.dtype) + indices;
 }
 
 Plan make_plan(const Problem& p, Pass pass, const Device& device) {
   Plan plan{};
   plan.vector = choose_vector(p);
   plan.sweep = cut_sweep(p, plan.vector);
-  int gate_vector = plan.vector;
-  plan.tiling = cut_tiles(p, p.layout == Layout::kNCHW ? gate_vector : 1);
-  if (plan.tiling.rows == 0) {
-    gate_vector = 1;
-    plan.tiling = cut_tiles(p, gate_vector);
-  }
-  const int64_t needed =
-      std::max(staged_bytes(plan.tiling, p, 2, int64_t{plan.tiling.rows} * plan.tiling.columns),
-               staged_bytes(plan.tiling, p, 3, 0));
-  plan.tiling.staged = needed <= device.shared_bytes;
-  plan.gate = cut_gate(p, gate_vector, plan.tiling);
+  plan.tiling = cut_tiles(p);
   plan.chunk = count_chunk(p, pass, plan, device);
   return plan;
 }

@@ -16,7 +16,10 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;        // of every block
 constexpr int kMinLanes = 4;         // that share a row of a sweep: it has up to 4 in flight
 constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps what is its part
-constexpr int kRun = 4;              // pixels of a column that a thread convolves together
+constexpr int kRunBits = 2;
+constexpr int kRun = 1 << kRunBits;  // pixels of a column that a thread convolves together
+constexpr int kColumnStep = 4;       // columns of weights in shared memory are multiples of it
+constexpr int kReciprocalBits = 31;
 
 // How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
 // contiguous tensors, pixels by channels in channels_last.
@@ -31,22 +34,15 @@ struct Sweep {
   int64_t pixel_spans, channel_spans;  // row_spans and column_spans as the layout has them
 };
 
-// How the convolutions cut a sample: tiles of pixels with a halo.
+// How the convolutions cut a sample: tiles of pixels with a border.
 struct Tiling {
-  int rows, columns;  // of a tile
+  int rows, columns;  // of a tile: whole runs, which may reach past the map
   int64_t row_tiles, column_tiles;
-  int64_t tiles;        // of a sample: their product
-  uint64_t reciprocal;  // row of pixel q of a tile: (q * reciprocal) >> 32
-  bool staged;          // whether maps with halo and weights fit into shared memory
-};
-
-// The launch that writes y works on tiles; where those are few, their channels are spread too.
-struct Gate {
-  int vector;             // as Plan::vector, unless tiles cannot be cut at multiples of it
-  int lanes;              // threads that share a row: a power of two
-  int groups;             // of lanes in a block; each has a row of its own
-  int64_t channel_span;   // channels of a block
-  int64_t channel_spans;  // of a sample
+  int64_t tiles;  // of a sample: their product
+  int part_bits;  // threads that share a run: a power of two, kRun or more
+  bool staged;    // whether maps with their border and weights fit into shared memory
+  // Of columns, and of a staged row: index / divisor = (index * reciprocal) >> kReciprocalBits.
+  uint32_t run_reciprocal, window_reciprocal;
 };
 
 struct Plan {
@@ -54,7 +50,6 @@ struct Plan {
   int64_t chunk;  // samples whose launches run together, so that they meet in the L2 cache
   Sweep sweep;    // of all sums, and of the input's gradient
   Tiling tiling;
-  Gate gate;
 };
 
 enum class Pass { kForward, kBackward };
@@ -62,7 +57,7 @@ enum class Pass { kForward, kBackward };
 // All feature maps and gates begin at multiples of 16 bytes.
 Plan make_plan(const Problem& problem, Pass pass, const Device& device);
 
-// Bytes of shared memory for a convolution that stages `maps` maps and keeps `values` more values.
-int64_t staged_bytes(const Tiling& tiling, const Problem& problem, int maps, int64_t values);
+// Bytes of shared memory for the convolution of a staged tile, or for its gradients.
+int64_t staged_bytes(const Tiling& tiling, const Problem& problem, Pass pass);
 
 }  // namespace cbam::cuda

@@ -71,6 +71,13 @@ struct Nothing {
   __device__ Nothing shuffle(int) const { return {}; }
 };
 
+template <class A>
+struct Sum {
+  A value;
+  __device__ void combine(const Sum& other) { value += other.value; }
+  __device__ Sum shuffle(int offset) const { return {shuffle_xor(value, offset)}; }
+};
+
 // Totals of U rows over groups of `lanes` lanes, U <= lanes <= 32, both powers of two. Lane i of a
 // group returns the total of row i / (lanes / U). Rows are dealt out while they are added, which
 // takes U - 1 + log2(lanes / U) shuffles where U separate sums would take U log2(lanes).

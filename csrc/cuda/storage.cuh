@@ -190,6 +190,17 @@ __device__ void store_struct(T* to, const T& from) {
   }
 }
 
+// Values in shared memory, 16-byte aligned and a multiple of that.
+template <int count, class T>
+__device__ void load_aligned(const T* from, T (&to)[count]) {
+  static_assert(count * sizeof(T) % 16 == 0, "moved in whole accesses");
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(count * sizeof(T) / 16); ++i) {
+    const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+    memcpy(to + i * (16 / sizeof(T)), &bits, sizeof(bits));
+  }
+}
+
 // ------------------------------------------------------------------------------ parameters
 
 // Parameters have any strides, and x's dtype or the accumulator's. Calls f(pointer to const T) with

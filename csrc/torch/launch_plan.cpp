@@ -10,10 +10,10 @@ namespace {
 
 // `question` and the answer are int64 vectors on the CPU; the Python side names their elements.
 Tensor launch_plan(const Tensor& question) {
-  constexpr int64_t kQuestions = 11;
+  constexpr int64_t kQuestions = 10;
   STD_TORCH_CHECK(question.is_cpu() && question.is_contiguous() && question.dim() == 1 &&
                       question.size(0) == kQuestions && question.scalar_type() == ScalarType::Long,
-                  "_launch_plan: question must be a contiguous CPU tensor of 11 int64");
+                  "_launch_plan: question must be a contiguous CPU tensor of 10 int64");
   const auto* q = static_cast<const int64_t*>(question.const_data_ptr());
   const Problem problem{q[0],
                         q[1],
@@ -26,7 +26,6 @@ Tensor launch_plan(const Tensor& question) {
   cuda::Device device;
   device.multiprocessors = static_cast<int>(q[8]);
   device.l2_bytes = q[9];
-  device.shared_bytes = q[10];
   const cuda::Pass pass = q[7] != 0 ? cuda::Pass::kBackward : cuda::Pass::kForward;
   const cuda::Plan plan = cuda::make_plan(problem, pass, device);
   const int64_t answer[] = {plan.vector,
@@ -42,11 +41,7 @@ Tensor launch_plan(const Tensor& question) {
                             plan.tiling.rows,
                             plan.tiling.columns,
                             plan.tiling.tiles,
-                            plan.tiling.staged ? 1 : 0,
-                            plan.gate.vector,
-                            plan.gate.lanes,
-                            plan.gate.channel_span,
-                            plan.gate.channel_spans};
+                            plan.tiling.staged ? 1 : 0};
   constexpr int64_t kAnswers = sizeof(answer) / sizeof(answer[0]);
   const Tensor result = empty(question, {kAnswers}, ScalarType::Long);
   std::copy_n(answer, kAnswers, static_cast<int64_t*>(result.mutable_data_ptr()));

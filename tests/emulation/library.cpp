@@ -23,7 +23,6 @@ struct Emulated {
     cuda::Queue queue{};
     queue.device.multiprocessors = device.multiprocessors;
     queue.device.l2_bytes = device.l2_bytes;
-    queue.device.shared_bytes = device.shared_bytes;
     queue.device.dependent_launch = device.dependent_launch;
     const int64_t bytes = cuda::workspace_bytes(args, queue.device);
     const Tensor workspace = empty(input, {bytes}, ScalarType::Byte);
