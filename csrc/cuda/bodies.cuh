@@ -11,7 +11,7 @@
 // per channel [chunk, pixel spans, C], of accumulators.
 #pragma once
 
-#include "mlp.cuh"
+#include "grads.cuh"
 #include "sweep.cuh"
 
 namespace cbam::cuda {
@@ -42,8 +42,6 @@ struct Body {
   static constexpr int kRows = sizeof(S) == 4 ? 4 : 2;  // as many as registers are left for
   static constexpr Use kUse = Use::kAgain;
   static constexpr bool kWrites = false;
-  static constexpr bool kFinishes = false;
-  using Scratch = Nothing;
 
   int64_t channels, pixels;
   int64_t pixel_spans, channel_spans;
@@ -89,13 +87,8 @@ struct Pool : Body<S> {
       return {shuffle_xor(sum, offset), maximum.shuffle(offset)};
     }
   };
-  static constexpr bool kFinishes = true;
-  using Scratch = Pooled<A>;  // of finish(), for each thread
-
   A* sums;
   A* maxima;
-  unsigned* counters;  // [chunk]
-  MlpForward<S> mlp;
 
   __device__ Channel start_channel(int first) const { return {0, Maximum<A>::from(first)}; }
   __device__ A visit(A x, A, int pixel, int, const Nothing&, const Nothing&, Nothing&,
@@ -108,9 +101,6 @@ struct Pool : Body<S> {
     const int64_t to = this->partial_channel_at(at, channel);
     store(sums + to, total.sum);
     store(maxima + to, total.maximum.value);
-  }
-  __device__ void finish(const Place& at) const {
-    mlp.run(at.sample, sums, maxima, shared_memory<Scratch>());
   }
 };
 
@@ -266,16 +256,12 @@ struct BackwardPool : Body<S> {
   using PixelFactor = PixelGrad<A>;
   static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
   static constexpr Use kUse = Use::kLast;
-  static constexpr bool kFinishes = true;
-  using Scratch = PooledGrads<A>;  // of finish(), for each thread
 
   const PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* sums;
   A* maxima;
-  int* argmaxima;      // pixels, counted from the first of their span
-  A* dots;             // sum_p x (ds0 + [c is the argmax at p] ds1)
-  unsigned* counters;  // [chunk]
-  MlpBackward<S> mlp;
+  int* argmaxima;  // pixels, counted from the first of their span
+  A* dots;         // sum_p x (ds0 + [c is the argmax at p] ds1)
 
   __device__ Channel start_channel(int first) const { return {0, Argmax<A>::from(first), 0}; }
   template <int W>
@@ -295,9 +281,6 @@ struct BackwardPool : Body<S> {
     store(maxima + to, total.maximum.value);
     store(argmaxima + to, total.maximum.index);
     store(dots + to, total.dot);
-  }
-  __device__ void finish(const Place& at) const {
-    mlp.run(at.sample, sums, maxima, argmaxima, dots, shared_memory<Scratch>());
   }
 };
 

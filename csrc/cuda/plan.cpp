@@ -13,17 +13,11 @@ constexpr int64_t kFill = 512;              // blocks that keep a big GPU busy
 constexpr int64_t kTogether = 16 * kMiB;    // samples of this size are launched together at least
 constexpr int64_t kBlockBytes = 32 * kKiB;  // work that repays the beginning and end of a block
 constexpr int64_t kMaxRowSpan = 1024;       // rows whose totals a block keeps in shared memory
-constexpr int64_t kMaxPartials = 512;       // per channel, for the last block to add up
+constexpr int64_t kMaxPartials = 512;       // per channel, for the MLP to add up
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid
 constexpr int64_t kMinTile = 128, kMaxTile = 1024;  // pixels of a tile, within reason
 
 int64_t sample_bytes(const Problem& p) { return p.c * p.pixels() * element_size(p.dtype); }
-
-int64_t power_of_two_from(int64_t value) {
-  int64_t power = 1;
-  while (power < value) power *= 2;
-  return power;
-}
 
 // Samples that are surely launched together, on any device.
 int64_t samples_together(const Problem& p) {
@@ -134,6 +128,19 @@ Gate cut_gate(const Problem& p, int vector, const Tiling& tiling) {
   return g;
 }
 
+// The fewer partial results a channel has, the more channels make a block's work; but the fewer
+// channels, the more parts the hidden units have, which every block of the next launch adds up.
+Mlp cut_mlp(const Problem& p, int64_t pixel_spans) {
+  constexpr int64_t kPartials = 4096;  // per block: 16 for each thread
+  constexpr int64_t kMinSpan = 8;      // 32 bytes of accumulators: what memory moves at least
+  constexpr int64_t kParts = 32;       // of a hidden unit
+  int64_t span = kMaxMlpSpan;
+  while (span > kMinSpan && span * pixel_spans > kPartials) span /= 2;
+  span = std::max(span, power_of_two_from(divide_up(p.c, kParts)));
+  span = std::min({span, int64_t{kMaxMlpSpan}, power_of_two_from(p.c)});
+  return {static_cast<int>(span), static_cast<int>(divide_up(p.c, span))};
+}
+
 int64_t count_chunk(const Problem& p, Pass pass, const Plan& plan, const Device& device) {
   const int64_t tensors = pass == Pass::kForward ? 1 : 2;
   // Less would not fill the device, and a cache that small cannot hold a launch anyway.
@@ -170,6 +177,7 @@ Plan make_plan(const Problem& p, Pass pass, const Device& device) {
                staged_bytes(plan.tiling, p, 3, 0));
   plan.tiling.staged = needed <= device.shared_bytes;
   plan.gate = cut_gate(p, gate_vector, plan.tiling);
+  plan.mlp = cut_mlp(p, plan.sweep.pixel_spans);
   plan.chunk = count_chunk(p, pass, plan, device);
   return plan;
 }

@@ -17,6 +17,7 @@ constexpr int kThreads = 256;        // of every block
 constexpr int kMinLanes = 4;         // that share a row of a sweep: it has up to 4 in flight
 constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps what is its part
 constexpr int kRun = 4;              // pixels of a column that a thread convolves together
+constexpr int kMaxMlpSpan = 128;     // channels of a block of the MLP
 
 // How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
 // contiguous tensors, pixels by channels in channels_last.
@@ -49,10 +50,18 @@ struct Gate {
   int64_t channel_spans;  // of a sample
 };
 
+// The launches of the MLP cut its matrices along the channels, of which there are more than hidden
+// units. A chunk has fewer than 2^31 channels, so any number of blocks fits into a grid.
+struct Mlp {
+  int span;    // channels of a block: a power of two
+  int blocks;  // of a sample
+};
+
 struct Plan {
   int vector;     // elements of an access to feature maps: 16 bytes, or 1
   int64_t chunk;  // samples whose launches run together, so that they meet in the L2 cache
   Sweep sweep;    // of all sums, and of the input's gradient
+  Mlp mlp;
   Tiling tiling;
   Gate gate;
 };

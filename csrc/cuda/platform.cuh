@@ -61,19 +61,4 @@ __device__ T shuffle_xor(T value, int offset) {
   return __shfl_xor_sync(kFullWarp, value, offset);
 }
 
-// Whether this block is the last of `blocks` to arrive at a counter that began at zero. What the
-// blocks wrote before is visible to the last one (through __ldcg). Every thread of a block gets
-// the same answer; `flag` is shared memory.
-inline __device__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier it stands for what all threads wrote
-    *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1 : 0;
-  }
-  __syncthreads();
-  const bool last = *flag != 0;
-  if (last) __threadfence();
-  return last;
-}
-
 }  // namespace cbam::cuda

@@ -13,7 +13,6 @@
 namespace cbam::cuda {
 
 constexpr int kNoIndex = 2147483647;  // loses every tie
-constexpr long long kNoIndex64 = 9223372036854775807;
 
 template <class A>
 __device__ A lowest() {

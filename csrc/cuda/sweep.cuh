@@ -18,14 +18,13 @@
 //   Body::PixelFactor, ChannelFactor   what an element needs of its pixel's and channel's maps
 //   Body::kInputs, kUse        1 or 2 feature maps to read, and whether for the last time
 //   Body::kRows                rows that a thread has in flight
-//   Body::kWrites, kFinishes   whether it writes a feature map; whether finish() is called
+//   Body::kWrites              whether it writes a feature map
 //   x, g, output               feature maps
 //   pixel_factors<W>, channel_factors<W>(place, first, to)     W of them, from the block's `first`
 //   start_pixel(channel), start_channel(pixel)
 //                              accumulators, given the first index that they will meet
 //   visit(...)                 one element
 //   store_pixel, store_channel  a partial result
-//   finish(...)                what the last block of a sample does
 #pragma once
 
 #include "launch.cuh"
@@ -196,8 +195,7 @@ int64_t sweep_shared_bytes(const Sweep& sweep) {
   using Column = typename In::Column;
   const int64_t place = kPlaceBytes + row_total_bytes<typename In::Row>(sweep);
   const int64_t columns = std::is_same_v<Column, Nothing> ? 0 : kThreads / 2 * W * sizeof(Column);
-  const int64_t finish = Body::kFinishes ? kThreads * sizeof(typename Body::Scratch) : 0;
-  return place + columns > finish ? place + columns : finish;
+  return place + columns;
 }
 
 template <class Body, Layout layout, int W>
@@ -312,14 +310,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < row_count; row += kThreads) {
       In::store_row(body, at, row, row_totals[row]);
-    }
-  }
-  if constexpr (Body::kFinishes) {
-    const Place here = at;
-    __syncthreads();  // shared memory is free for the flag, and for finish()
-    if (is_last_block(body.counters + here.sample, static_cast<unsigned>(sweep.blocks),
-                      shared_memory<unsigned>())) {
-      body.finish(here);
     }
   }
 }

@@ -39,6 +39,8 @@ Tensor launch_plan(const Tensor& question) {
                             plan.sweep.blocks,
                             plan.sweep.pixel_spans,
                             plan.sweep.channel_spans,
+                            plan.mlp.span,
+                            plan.mlp.blocks,
                             plan.tiling.rows,
                             plan.tiling.columns,
                             plan.tiling.tiles,

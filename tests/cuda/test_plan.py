@@ -113,6 +113,21 @@ def test_sweeps_cover_each_sample_once(plan: LaunchPlan) -> None:
 
 @rules
 @given(plans())
+def test_the_mlp_covers_all_channels_once(plan: LaunchPlan) -> None:
+    c = plan.shape[1]
+    assert_covers(c, plan.mlp_span, plan.mlp_blocks)
+    assert is_power_of_two(plan.mlp_span) and plan.mlp_span <= 128
+    # Where a matrix is split, its pieces still begin at multiples of 16 bytes.
+    assert plan.mlp_blocks == 1 or plan.mlp_span % 8 == 0
+    # Every block adds up what all blocks of the launch before it left of the hidden units.
+    assert plan.mlp_span == 128 or plan.mlp_blocks <= 32
+    # Nor has it many partial results of channels, unless that would make even more of the others.
+    few = plan.mlp_span * plan.pixel_spans <= 4096
+    assert few or plan.mlp_span <= 8 or plan.mlp_blocks > 16
+
+
+@rules
+@given(plans())
 def test_accesses_are_wide_where_they_can_be(plan: LaunchPlan) -> None:
     wide = 16 // plan.dtype.itemsize
     assert plan.vector == (wide if axes(plan)[1] % wide == 0 else 1)
@@ -253,9 +268,10 @@ def test_small_problems_are_spread(
     shape: tuple[int, int, int, int], layout: torch.memory_format
 ) -> None:
     plan = launch_plan(shape, torch.bfloat16, layout, gpu=Gpu())
-    pool, statistics, gate = (launch.blocks for launch in plan.launches)
+    blocks = {launch.name: launch.blocks for launch in plan.launches}
+    pool, gate = blocks["pool"], blocks["gate"]
     assert pool is not None and gate is not None
-    assert pool == statistics
+    assert pool == blocks["channel statistics"]
     assert pool >= FILLED[shape][0] and gate >= FILLED[shape][1]
 
 
