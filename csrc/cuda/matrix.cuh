@@ -72,7 +72,7 @@ __device__ void with_weights(const Matrix& matrix, const Part& part, F&& f) {
   });
 }
 
-// The first `present` of W neighbouring values of shared memory, 16-byte aligned; zero behind them.
+// W neighbouring values of shared memory, those behind the first `present` as zero.
 template <int W, class A>
 __device__ void read_shared(const A* from, int present, A (&to)[W]) {
 #pragma unroll
@@ -86,67 +86,124 @@ __device__ void read_shared(const A* from, int present, A (&to)[W]) {
   }
 }
 
+// How the threads of a block share a part of a matrix.
+template <bool wide, class T>
+struct Share {
+  static constexpr int W = kWide<T>;                 // columns of a thread
+  static constexpr int kRows = (wide ? 16 : 8) / W;  // that are in flight
+  const T* weights;
+  int64_t row_stride, column_stride;
+  int rows, columns;  // of the part
+  int lanes, groups;  // of lanes: each has rows of its own
+  int lane, group;    // of the thread
+
+  __device__ Share(const T* weights, const Matrix& matrix, const Part& part)
+      : weights(weights),
+        row_stride(matrix.weights.strides[2]),
+        column_stride(matrix.weights.strides[3]),
+        rows(part.rows),
+        columns(part.columns),
+        lanes(matrix.lanes),
+        groups(kThreads / matrix.lanes),
+        lane(static_cast<int>(threadIdx.x) & (matrix.lanes - 1)),
+        group(static_cast<int>(threadIdx.x) / matrix.lanes) {}
+
+  // The thread's columns of the tile at `first`; those of another thread where there are none, so
+  // that no branch stands between loads.
+  __device__ bool has(int first) const { return first + lane * W < columns; }
+  __device__ int column(int first) const { return has(first) ? first + lane * W : 0; }
+  // How many of them there are; in the other case all, and no question for the compiler.
+  __device__ int present(int column) const { return wide ? W : columns - column; }
+
+  __device__ const T* at(int row, int column) const {
+    return weights + row * row_stride + column * column_stride;
+  }
+  // U rows of the group, from `row` on.
+  template <int U>
+  __device__ void fetch(int row, int column, Weights<T, wide> (&to)[U]) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const T* const from = at(smaller(row + u * groups, rows - 1), column);
+      to[u].fetch(from, column_stride, present(column));
+    }
+  }
+};
+
+// A kernel that multiplies later begins with this: parameters are not written by launches, so it
+// need not wait for those before.
+template <class S>
+__device__ void prefetch_weights(const Matrix& matrix, const Part& part) {
+  with_weights<S>(matrix, part, [&](const auto* weights, auto wide) {
+    const Share<decltype(wide)::value, std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>>
+        share(weights, matrix, part);
+#pragma unroll 1
+    for (int row = share.group; row < share.rows; row += share.groups) {
+#pragma unroll 1
+      for (int first = 0; first < share.columns; first += share.lanes * share.W) {
+        if (share.has(first)) prefetch(share.at(row, share.column(first)));
+      }
+    }
+  });
+}
+
+// U rows of each group of multiply_rows, from `base` on.
+template <int U, int V, bool wide, class T, class Keep>
+__device__ void multiply_some_rows(const Share<wide, T>& share, int base, const Acc<T>* vectors,
+                                   int pitch, Keep&& keep) {
+  using A = Acc<T>;
+  constexpr int W = kWide<T>;
+  A sums[U][V] = {};
+#pragma unroll 1
+  for (int first = 0; first < share.columns; first += share.lanes * W) {
+    const int column = share.column(first), present = share.present(column);
+    Weights<T, wide> weights[U];
+    share.fetch(base + share.group, column, weights);
+    A values[V][W];
+#pragma unroll
+    for (int v = 0; v < V; ++v) read_shared(vectors + v * pitch + column, present, values[v]);
+    if (!share.has(first)) continue;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      A factors[W];
+      weights[u].widened(present, factors);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) sums[u][v] += factors[i] * values[v][i];
+      }
+    }
+  }
+  for (int offset = share.lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[u][v] += shuffle_xor(sums[u][v], offset);
+    }
+  }
+  if (share.lane != 0) return;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int row = base + u * share.groups + share.group;
+    if (row < share.rows) keep(row, sums[u]);
+  }
+}
+
 // sum_j matrix[i][j] vectors[v][j] for the rows i of a part and V vectors, which lie `pitch` apart.
 // Lanes share a row. keep(row, sums) is called by one of them; rows count from the part's first.
 template <class S, int V, class Keep>
 __device__ void multiply_rows(const Matrix& matrix, const Part& part, const Acc<S>* vectors,
                               int pitch, Keep&& keep) {
-  using A = Acc<S>;
   with_weights<S>(matrix, part, [&](const auto* weights, auto wide) {
-    using Weight = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-    using Some = Weights<Weight, decltype(wide)::value>;
-    constexpr int W = Some::W;
-    constexpr int U = decltype(wide)::value ? 4 : 8 / W;  // rows in flight
-    const int64_t row_stride = matrix.weights.strides[2];
-    const int64_t column_stride = matrix.weights.strides[3];
-    const int lanes = matrix.lanes, groups = kThreads / lanes;
-    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-    const int group = static_cast<int>(threadIdx.x) / lanes;
-    // All threads make the same number of turns, for they meet in shuffles.
+    const Share<decltype(wide)::value, std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>>
+        share(weights, matrix, part);
+    constexpr int kRows = decltype(share)::kRows;
+    // All threads take the same turns, for they meet in shuffles.
+    int base = 0;
 #pragma unroll 1
-    for (int base = 0; base < part.rows; base += groups * U) {
-      A sums[U][V] = {};
-#pragma unroll 1
-      for (int first = 0; first < part.columns; first += lanes * W) {
-        // Those without a row or a column load another's: no branch stands between loads.
-        const int own = first + lane * W;
-        const int column = own < part.columns ? own : 0, present = part.columns - column;
-        Some loaded[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int row = smaller(base + u * groups + group, part.rows - 1);
-          loaded[u].fetch(weights + row * row_stride + column * column_stride, column_stride,
-                          present);
-        }
-        A values[V][W];
-#pragma unroll
-        for (int v = 0; v < V; ++v) read_shared(vectors + v * pitch + column, present, values[v]);
-        if (own >= part.columns) continue;
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          A factors[W];
-          loaded[u].widened(present, factors);
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-#pragma unroll
-            for (int i = 0; i < W; ++i) sums[u][v] += factors[i] * values[v][i];
-          }
-        }
-      }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) sums[u][v] += shuffle_xor(sums[u][v], offset);
-        }
-      }
-      if (lane != 0) continue;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int row = base + u * groups + group;
-        if (row < part.rows) keep(row, sums[u]);
-      }
+    for (; base + share.groups < share.rows; base += kRows * share.groups) {
+      multiply_some_rows<kRows, V>(share, base, vectors, pitch, keep);
     }
+    if (base < share.rows) multiply_some_rows<1, V>(share, base, vectors, pitch, keep);
   });
 }
 
@@ -163,33 +220,23 @@ __device__ void multiply_columns(const Matrix& matrix, const Part& part, const A
                                  int pitch, Total<Acc<S>>* scratch, Keep&& keep) {
   using A = Acc<S>;
   with_weights<S>(matrix, part, [&](const auto* weights, auto wide) {
-    using Weight = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-    using Some = Weights<Weight, decltype(wide)::value>;
-    constexpr int W = Some::W;
-    constexpr int U = decltype(wide)::value ? 4 : 8 / W;  // rows in flight
-    const int64_t row_stride = matrix.weights.strides[2];
-    const int64_t column_stride = matrix.weights.strides[3];
-    const int lanes = matrix.lanes, groups = kThreads / lanes;
-    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-    const int group = static_cast<int>(threadIdx.x) / lanes;
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>;
+    constexpr bool kIsWide = decltype(wide)::value;
+    constexpr int W = kWide<T>;
+    const Share<kIsWide, T> share(weights, matrix, part);
+    constexpr int U = Share<kIsWide, T>::kRows;
 #pragma unroll 1
-    for (int first = 0; first < part.columns; first += lanes * W) {
-      const int own = first + lane * W;
-      const int column = own < part.columns ? own : 0, present = part.columns - column;
+    for (int first = 0; first < share.columns; first += share.lanes * W) {
+      const int column = share.column(first), present = share.present(column);
       Total<A> sums[V * W] = {};
 #pragma unroll 1
-      for (int base = group; base < part.rows; base += groups * U) {
-        Some loaded[U];
+      for (int base = share.group; base < share.rows; base += U * share.groups) {
+        Weights<T, kIsWide> loaded[U];
+        share.fetch(base, column, loaded);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const int row = smaller(base + u * groups, part.rows - 1);
-          loaded[u].fetch(weights + row * row_stride + column * column_stride, column_stride,
-                          present);
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int row = base + u * groups;
-          if (row >= part.rows) continue;
+          const int row = base + u * share.groups;
+          if (row >= share.rows) continue;
           A factors[W];
           loaded[u].widened(present, factors);
 #pragma unroll
@@ -200,8 +247,8 @@ __device__ void multiply_columns(const Matrix& matrix, const Part& part, const A
           }
         }
       }
-      meet(sums, lanes, scratch);
-      if (group > 0 || own >= part.columns) continue;
+      meet(sums, share.lanes, scratch);
+      if (share.group > 0 || !share.has(first)) continue;
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         if (i >= present) continue;

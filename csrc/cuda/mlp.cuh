@@ -113,7 +113,7 @@ __device__ void add_hidden_parts(const MlpShape<S>& shape, const Acc<S>* parts, 
                                  int first, int units, HiddenParts<Acc<S>, count>* scratch,
                                  Keep&& keep) {
   const Acc<S>* const from = parts + sample * shape.cut.blocks * count * shape.hidden + first;
-  add_spans<4>(
+  add_spans<8>(
       units, shape.piece, shape.cut.blocks, scratch,
       [&](int span, int unit) {
         HiddenParts<Acc<S>, count> part;
@@ -151,6 +151,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
   const MlpShape<S>& shape = args.shape;
   const ChannelSpan<S> at(shape);
   auto& shared = *shared_memory<typename HiddenUnits<S>::Shared>();
+  const bool runs_mlp = args.parts != nullptr;
+  const Part fc1{0, at.first, shape.hidden, at.count};
+  if (runs_mlp) prefetch_weights<S>(args.fc1, fc1);
   wait_for_previous_launches();
   const int64_t partials = at.sample * shape.pixel_spans * shape.channels + at.first;
   add_spans<8>(
@@ -168,14 +171,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
         store(to, average);
         store(to + shape.channels, total.highest);
       });
-  if (args.parts == nullptr) return;
+  if (!runs_mlp) return;
   __syncthreads();
   A* const to = args.parts + (at.sample * shape.cut.blocks + at.index) * 2 * shape.hidden;
-  multiply_rows<S, 2>(args.fc1, {0, at.first, shape.hidden, at.count}, shared.pooled[0],
-                      kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
-                        store(to + r, sums[0]);
-                        store(to + shape.hidden + r, sums[1]);
-                      });
+  multiply_rows<S, 2>(args.fc1, fc1, shared.pooled[0], kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
+    store(to + r, sums[0]);
+    store(to + shape.hidden + r, sums[1]);
+  });
 }
 
 template <class S>
@@ -207,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
     logit = 2 * load_bias<S>(args.fc2_bias, at.first + thread);
     shared.logits[thread] = 0;
   }
+  prefetch_weights<S>(args.fc2, {at.first, 0, at.count, shape.hidden});
   wait_for_previous_launches();
   for (int first = 0; first < shape.hidden; first += shape.piece) {
     const int units = smaller(shape.piece, shape.hidden - first);
@@ -267,8 +270,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
   const ChannelSpan<S> at(shape);
   const int thread = static_cast<int>(threadIdx.x);
   auto& shared = *shared_memory<typename HiddenGrads<S>::Shared>();
-  wait_for_previous_launches();
   const bool runs_mlp = args.parts != nullptr;
+  const Part fc1{0, at.first, shape.hidden, at.count}, fc2{at.first, 0, at.count, shape.hidden};
+  if (runs_mlp) {
+    prefetch_weights<S>(args.fc1, fc1);
+    prefetch_weights<S>(args.fc2, fc2);
+  }
+  wait_for_previous_launches();
   const A gate =
       runs_mlp && thread < at.count ? load(args.channel_gate + at.origin + thread) : A{0};
   const int64_t partials = at.sample * shape.pixel_spans * shape.channels + at.first;
@@ -307,13 +315,12 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
   if (!runs_mlp) return;
   __syncthreads();
   A* const to = args.parts + (at.sample * shape.cut.blocks + at.index) * 3 * shape.hidden;
-  multiply_rows<S, 2>(args.fc1, {0, at.first, shape.hidden, at.count}, shared.pooled[0],
-                      kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
-                        store(to + r, sums[0]);
-                        store(to + shape.hidden + r, sums[1]);
-                      });
+  multiply_rows<S, 2>(args.fc1, fc1, shared.pooled[0], kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
+    store(to + r, sums[0]);
+    store(to + shape.hidden + r, sums[1]);
+  });
   multiply_columns<S, 1>(
-      args.fc2, {at.first, 0, at.count, shape.hidden}, shared.dz, 0, shared.column_sums,
+      args.fc2, fc2, shared.dz, 0, shared.column_sums,
       [&](int r, const A(&sums)[1]) { store(to + 2 * int64_t{shape.hidden} + r, sums[0]); });
 }
 

@@ -128,13 +128,17 @@ Gate cut_gate(const Problem& p, int vector, const Tiling& tiling) {
   return g;
 }
 
-// The fewer partial results a channel has, the more channels make a block's work; but the fewer
-// channels, the more parts the hidden units have, which every block of the next launch adds up.
+// A block's work are partial results of its channels, and weights: the more there are of either for
+// a channel, the fewer channels. But the fewer these are, the more parts the hidden units have,
+// which every block of the next launch adds up.
 Mlp cut_mlp(const Problem& p, int64_t pixel_spans) {
-  constexpr int64_t kPartials = 4096;  // per block: 16 for each thread
-  constexpr int64_t kMinSpan = 8;      // 32 bytes of accumulators: what memory moves at least
-  constexpr int64_t kParts = 32;       // of a hidden unit
+  constexpr int64_t kPartials = 4096;      // per block: 16 for each thread
+  constexpr int64_t kMinSpan = 8;          // 32 bytes of accumulators: what memory moves at least
+  constexpr int64_t kWeights = 16 * 2048;  // per block, if 16 channels have one hidden unit
+  constexpr int64_t kMinWeights = 32;      // side by side
+  constexpr int64_t kParts = 32;           // of a hidden unit
   int64_t span = kMaxMlpSpan;
+  while (span > kMinWeights && span * p.c > kWeights) span /= 2;
   while (span > kMinSpan && span * pixel_spans > kPartials) span /= 2;
   span = std::max(span, power_of_two_from(divide_up(p.c, kParts)));
   span = std::min({span, int64_t{kMaxMlpSpan}, power_of_two_from(p.c)});

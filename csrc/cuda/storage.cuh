@@ -64,6 +64,16 @@ __device__ T load(const T* from) {
   return bit_cast<T>(__ldca(reinterpret_cast<const Raw<T>*>(from)));
 }
 
+// Asks the L2 cache for data that will be loaded soon, and waits for nothing.
+template <class T>
+__device__ void prefetch(const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
+#endif
+}
+
 template <Use use = Use::kAgain, class T>
 __device__ void store(T* to, T value) {
   auto* raw = reinterpret_cast<Raw<T>*>(to);
