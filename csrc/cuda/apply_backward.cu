@@ -8,6 +8,7 @@
 // The first is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
 #include "call.cuh"
+#include "spans.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -29,9 +30,12 @@ struct PhaseGrads {
 template <class A>
 __device__ A add_partials(const A* partials, int64_t index, int64_t size, int64_t spans) {
   const int64_t sample = index / size, element = index - sample * size;
-  A sum = 0;
-  for (int64_t i = 0; i < spans; ++i) sum += load(partials + (sample * spans + i) * size + element);
-  return sum;
+  const A* const from = partials + sample * spans * size + element;
+  Total<A> sum = Total<A>::none();
+  add_terms<8>(
+      int64_t{0}, int64_t{1}, spans, [&](int64_t i) { return Total<A>{load(from + i * size)}; },
+      sum);
+  return sum.value;
 }
 
 template <class S>

@@ -22,6 +22,7 @@
 namespace cbam::cuda {
 
 constexpr int kMlpPiece = kThreads;  // hidden units that a block has in shared memory at once
+constexpr int kMlpGradBlocks = 2;    // on a multiprocessor: their grids are small, their sums many
 
 template <class S>
 struct MlpShape {
@@ -263,7 +264,7 @@ struct HiddenGrads {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+__global__ void __launch_bounds__(kThreads, kMlpGradBlocks)
     hidden_grads_kernel(const __grid_constant__ HiddenGrads<S> args) {
   using A = Acc<S>;
   const MlpShape<S>& shape = args.shape;
@@ -344,7 +345,7 @@ struct ChannelGrads {
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+__global__ void __launch_bounds__(kThreads, kMlpGradBlocks)
     channel_grads_kernel(const __grid_constant__ ChannelGrads<S> args) {
   using A = Acc<S>;
   const MlpShape<S>& shape = args.shape;

@@ -33,10 +33,11 @@ __device__ T* shared_memory(int64_t offset_bytes = 0) {
   return reinterpret_cast<T*>(memory + offset_bytes);
 }
 
-// Every kernel begins with this. With programmatic dependent launch its blocks may be scheduled
-// while the launch before still runs; here they wait until that has finished and its writes are
-// seen. Since every kernel waits, so have all launches before it. Only then may the next launch
-// come as far: never are more than two at work or waiting.
+// Every kernel calls this before it reads what a launch before it may have written, and before it
+// writes. With programmatic dependent launch its blocks may be scheduled while the launch before
+// still runs; here they wait until that has finished and its writes are seen. Since every kernel
+// waits, so have all launches before it. Only then may the next launch come as far: never are more
+// than two at work or waiting.
 inline __device__ void wait_for_previous_launches() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -395,7 +395,7 @@ def test_chunks_of_samples(
 
     with operators().record() as recording:
         found = call(backend, sample)
-    assert len(recording.kernels) == 3 * (1 + 2 + 3 + 4)
+    assert len(recording.kernels) == 3 * (2 + 2 + 4 + 5)
     for one, other in zip(found, expected, strict=True):
         assert same_bits(one, other)
 
