@@ -18,17 +18,29 @@ constexpr int kMinLanes = 4;         // that share a row of a sweep: it has up t
 constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps what is its part
 constexpr int kRun = 4;              // pixels of a column that a thread convolves together
 
+// Division by a number that the host knows: (n * multiplier) >> shift, exact for n < 2^31.
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+};
+
+// Threads of a block that read a matrix: `lanes` share a row, groups of lanes have different rows.
+struct Team {
+  int lanes, lane_bits;  // a power of two, kMinLanes to kWarp, and its logarithm
+  int groups;
+  int64_t row_step;  // elements from a row of a group to its next
+};
+
 // How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
 // contiguous tensors, pixels by channels in channels_last.
 struct Sweep {
-  int lanes;                        // threads that share a row of a tile: a power of two, 4 to 32
-  int groups;                       // of lanes in a block; each has a row of its own
-  int64_t row_step;                 // elements from a row of a group to its next
-  int64_t row_span, column_span;    // rows and columns of a block
-  int64_t row_spans, column_spans;  // of a sample
-  int64_t blocks;                   // of a sample: their product
-  int64_t span_pixels;              // of a span of pixels
+  Team down, along;                    // where threads go down the columns, or along the rows
+  int64_t row_span, column_span;       // rows and columns of a block
+  int64_t row_spans, column_spans;     // of a sample
+  int64_t blocks;                      // of a sample: their product
+  int64_t span_pixels;                 // of a span of pixels
   int64_t pixel_spans, channel_spans;  // row_spans and column_spans as the layout has them
+  Divisor by_blocks, by_column_spans;
 };
 
 // How the convolutions cut a sample: tiles of pixels with a halo.

@@ -31,7 +31,7 @@ Tensor launch_plan(const Tensor& question) {
   const cuda::Plan plan = cuda::make_plan(problem, pass, device);
   const int64_t answer[] = {plan.vector,
                             plan.chunk,
-                            plan.sweep.lanes,
+                            plan.sweep.down.lanes,
                             plan.sweep.row_span,
                             plan.sweep.column_span,
                             plan.sweep.row_spans,

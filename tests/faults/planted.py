@@ -160,20 +160,26 @@ _CUDA = (
     Fault(
         "cuda-last-of-equals-wins",
         "csrc/cuda/reduce.cuh",
-        "if (!(next <= value) && value == value) {",
-        "if (!(next < value) && value == value) {",
+        "const bool better = !(next <= value) & (value == value);",
+        "const bool better = !(next < value) & (value == value);",
     ),
     Fault(
         "cuda-ties-between-threads-go-anywhere",
         "csrc/cuda/reduce.cuh",
-        "bool better = other.value > value || (other.value == value && other.index < index);",
-        "bool better = other.value > value;",
+        "const bool better = larger | (tie & (other.index < index));",
+        "const bool better = larger;",
     ),
     Fault(
         "cuda-any-nan-wins",
         "csrc/cuda/reduce.cuh",
-        "other.value != other.value && (value == value || other.index < index);",
-        "other.value != other.value;",
+        "const bool larger = !(other.value <= value) & (value == value);",
+        "const bool larger = !(other.value <= value);",
+    ),
+    Fault(
+        "cuda-lane-without-the-maximum-has-a-say",
+        "csrc/cuda/reduce.cuh",
+        "if (!((own == total.value) | (own != own))) total.index = kNoIndex;",
+        "",
     ),
     Fault(
         "cuda-sum-over-half-a-warp",
@@ -196,8 +202,8 @@ _CUDA = (
     Fault(
         "cuda-rows-of-channels-last-as-of-contiguous",
         "csrc/cuda/plan.cpp",
-        "s.row_step = s.groups * columns;",
-        "s.row_step = s.groups * p.pixels();",
+        "s.down = make_team(down, columns);",
+        "s.down = make_team(down, p.pixels());",
     ),
     Fault(
         "cuda-second-chunk-begins-too-early",
