@@ -38,7 +38,7 @@ __device__ T* shared_memory(int64_t offset_bytes = 0) {
 // seen. Since every kernel waits, so have all launches before it. Only then may the next launch
 // come as far: never are more than two at work or waiting.
 inline __device__ void wait_for_previous_launches() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
