@@ -32,13 +32,14 @@ and one for each of its hot loops, the innermost ones that load 16 bytes at once
   in flight     wide loads that are on their way when a turn first waits for one of them
   narrow        other loads from global memory in a turn
   loops inside  loops without wide loads inside it, of which one turn is counted
-  calls         whether it calls functions, whose instructions are not counted
+  calls         functions that it calls, whose instructions are not counted
 
 With ``--check`` the exit code is 1 where kernels do what they must not (LIMITS in
-machine_code/limits.py): any that spills; a main one with an occupancy under one half, or without a
-hot loop; for 8.0 and 9.0, a hot loop (not of float64) that costs too much, too many that call
-functions, and a geometric mean of costs that is too high. With all sources and architectures, also
-where the kept table is not what they give.
+machine_code/limits.py): one that spills; a main one with an occupancy under one half, without a
+hot loop, or with the loads of one in a function; for 8.0 and 9.0, a hot loop (not of float64) that
+costs too much, a geometric mean of costs that is too high, and too many main kernels whose hot
+loops do more than is counted. With all sources and architectures, also where the kept table is not
+what they give.
 """
 
 from __future__ import annotations

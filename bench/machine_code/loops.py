@@ -1,11 +1,12 @@
 """Hot loops: those that walk over a feature map, which is to say load 16 bytes at once.
 
-A hot loop has wide loads, and no loop inside it has any. What is counted are the instructions of
-its blocks, each once: also those under a predicate (a warp issues them either way), those of the
-uniform datapath (they take an issue slot as well), those of both sides of a branch, and those of
-loops inside it, which have no wide loads. So it is what a turn costs in which a warp goes through
-all parts, once. A loop for what is left over after an unrolled one is a hot loop like any other.
-What a compiler sets aside for a warp that has diverged (BRA.DIV) does not count.
+A hot loop has wide loads, itself or in functions that it calls, and no loop inside it has any. What
+is counted are the instructions of its blocks, each once: also those under a predicate (a warp
+issues them either way), those of the uniform datapath (they take an issue slot as well), those of
+both sides of a branch, and those of loops inside it. So it is what a turn costs in which a warp
+goes through all parts, once. A loop for what is left over after an unrolled one is a hot loop like
+any other. What a compiler sets aside for a warp that has diverged (BRA.DIV) does not count, nor do
+functions: a loop that calls some, or has loops inside, costs more than is counted, and says so.
 
 In a kernel with bulk copies, how much comes with one of them is known at run time only: there the
 16 bytes that a thread reads of shared memory are counted instead.
@@ -30,8 +31,9 @@ class HotLoop:
     in_flight: int  # loads issued before the first of them is used
     way: str  # the instructions that load: LDG, LDGSTS, LDS
     narrow: int  # other loads from global memory
-    nested: int  # loops inside it
-    calls: bool  # whether it calls functions
+    nested: int  # loops inside it, but for those that issue bulk copies or wait for them
+    calls: int  # functions that it calls
+    hidden: int  # wide loads in those functions, counted above
 
     @property
     def cost(self) -> float:
@@ -84,6 +86,7 @@ def _measure(flow: Flow, loop: Loop, wide: Callable[[Instruction], bool]) -> Hot
     first = next(i for i, each in enumerate(body) if each.address == loop.header)
     body = body[first:] + body[:first]
     loads = _loads(flow, loop, wide)
+    inside = [other for other in flow.loops if other.blocks < loop.blocks]
     return HotLoop(
         start=loop.header,
         instructions=len(body),
@@ -91,8 +94,9 @@ def _measure(flow: Flow, loop: Loop, wide: Callable[[Instruction], bool]) -> Hot
         in_flight=_in_flight(body, wide),
         way="+".join(sorted({each.name for each in loads})),
         narrow=sum(each.loads_global and not each.sixteens for each in body),
-        nested=sum(other.blocks < loop.blocks for other in flow.loops),
-        calls=any(flow.blocks[at].calls for at in loop.blocks),
+        nested=sum(not any(map(_is_of_bulk, _instructions(flow, o.blocks))) for o in inside),
+        calls=len(_callees(flow, loop.blocks)),
+        hidden=len(loads) - sum(map(wide, body)),
     )
 
 
@@ -115,7 +119,7 @@ def _in_flight(body: list[Instruction], wide: Callable[[Instruction], bool]) -> 
                 keep = max(len(groups) - 1 - int(each.operands[1], 16), 0)
                 arrived += [load for group in groups[:keep] for load in group]
                 del groups[:keep]
-            elif each.name == "SYNCS" and "PHASECHK" in each.modifiers:
+            elif _waits_at_barrier(each):
                 arrived += [load for group in groups for load in group]
                 groups = [set()]
             if arrived and first is None:
@@ -138,3 +142,11 @@ def _in_flight(body: list[Instruction], wide: Callable[[Instruction], bool]) -> 
 
 def _waits_for_groups(each: Instruction) -> bool:
     return each.name == "DEPBAR" and each.operands[:1] == ("SB0",) and len(each.operands) == 2
+
+
+def _is_of_bulk(each: Instruction) -> bool:
+    return each.loads_bulk or _waits_at_barrier(each)
+
+
+def _waits_at_barrier(each: Instruction) -> bool:
+    return each.name == "SYNCS" and "PHASECHK" in each.modifiers

@@ -61,7 +61,7 @@ def hot_loops(kernels: Sequence[Inspected]) -> str:
                 str(loop.in_flight),
                 str(loop.narrow),
                 str(loop.nested),
-                "yes" if loop.calls else "no",
+                str(loop.calls),
             ]
             for loop in each.loops
         ]
@@ -134,7 +134,7 @@ def _loop_cells(loop: HotLoop | None) -> list[str]:
     cost = f"{loop.instructions} / {loop.sixteens} = {loop.cost:.0f}"
     notes = [loop.way] if loop.way != "LDG" else []
     notes += [f"{loop.nested} inside"] if loop.nested else []
-    notes += ["calls"] if loop.calls else []
+    notes += [f"{loop.calls} called"] if loop.calls else []
     return [cost, str(loop.in_flight), str(loop.narrow), ", ".join(notes)]
 
 
