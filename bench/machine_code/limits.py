@@ -105,7 +105,7 @@ def complaints(kernels: list[Inspected], limits: Limits = LIMITS) -> list[str]:
                 f"the hot loops for {arch} take {mean:.1f} instructions for each 16 bytes in "
                 f"geometric mean, more than {limits.mean_cost:g}"
             )
-        uncounted = [str(k.name) for k in kernels if k.arch == arch and _costs_more(k)]
+        uncounted = sorted(str(k.name) for k in kernels if k.arch == arch and _costs_more(k))
         if len(uncounted) > limits.uncounted:
             found.append(
                 f"{len(uncounted)} main kernels for {arch} call functions in hot loops or have "

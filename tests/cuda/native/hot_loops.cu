@@ -7,8 +7,6 @@ enum class Layout { kNCHW };
 
 namespace {
 
-
-
 __device__ float sum(float4 value) { return value.x + value.y + value.z + value.w; }
 
 // Nothing may be moved past it.
@@ -79,9 +77,7 @@ __global__ void __launch_bounds__(1024, 2)
   for (int j = 0; j < 48; ++j) to[j] = totals[j];
 }
 
-__device__ __noinline__ float load_elsewhere(const float4* from) {
-  return sum(load_ordered(from));
-}
+__device__ __noinline__ float load_elsewhere(const float4* from) { return sum(load_ordered(from)); }
 
 // The loop's loads are in a function that it calls.
 template <class S, Layout layout, int W>
@@ -185,8 +181,8 @@ template __global__ void one_by_one_kernel<float, Layout::kNCHW, 4>(const float4
 template __global__ void ahead_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
 template __global__ void spilling_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
 template __global__ void calling_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
-template __global__ void narrow_kernel<float, Layout::kNCHW, 4>(const float4*, const float*,
-                                                                float*, int);
+template __global__ void narrow_kernel<float, Layout::kNCHW, 4>(const float4*, const float*, float*,
+                                                                int);
 template __global__ void costly_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
 template __global__ void nested_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
 template __global__ void async_kernel<float, Layout::kNCHW, 4>(const float4*, float*, int);
