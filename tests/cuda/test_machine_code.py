@@ -132,6 +132,7 @@ def test_widths(operation: str, sixteens: int) -> None:
 LOAD_A, LOAD_B = "LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]"
 USE_A, USE_B = "FADD R20, R5, R20", "FADD R20, R8, R20"
 ASYNC, COMMIT = "LDGSTS.E.BYPASS.128 [R13], desc[UR6][R8.64]", "LDGDEPBAR"
+WAIT = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R2"
 
 
 @pytest.mark.parametrize(
@@ -150,13 +151,29 @@ ASYNC, COMMIT = "LDGSTS.E.BYPASS.128 [R13], desc[UR6][R8.64]", "LDGDEPBAR"
         ([ASYNC, COMMIT, "DEPBAR.LE SB0, 0x0"], 1),
         ([ASYNC, COMMIT, "DEPBAR.LE SB0, 0x2"], 3),
         ([ASYNC, ASYNC, COMMIT, "DEPBAR.LE SB0, 0x1"], 4),
-        ([ASYNC, "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R2"], 1),
+        ([ASYNC, WAIT, ASYNC, WAIT], 1),
     ],
 )
 def test_in_flight(body: list[str], in_flight: int) -> None:
     found = loop(around("\n".join(body)))
     assert found.in_flight == in_flight
     assert found.sixteens == sum("128" in line for line in body)
+
+
+def test_a_turn_begins_at_the_header() -> None:
+    found = loop(f"""
+        BRA {{header}}
+        rest: {LOAD_A}
+        {LOAD_B}
+        {USE_A}
+        {USE_B}
+        @P0 BRA {{out}}
+        header: {LOAD_A}
+        {USE_A}
+        BRA {{rest}}
+        out: EXIT
+    """)
+    assert (found.start, found.in_flight) == (0x60, 1)
 
 
 # ------------------------------------------------------------------------------ what is counted
@@ -185,8 +202,8 @@ def test_wider_loads_count_twice() -> None:
 
 
 def test_ways_to_go_on() -> None:
-    """Several jumps back to one place are one loop; one under a second predicate is a jump."""
-    found = loop(f"top: {LOAD_A}\n@P0 BRA {{top}}\n{USE_A}\n@!P1 BRA P2, {{top}}\nEXIT")
+    """Several jumps back to one place are one loop; a predicate may be an operand."""
+    found = loop(f"top: {LOAD_A}\nBRA P0, {{top}}\n{USE_A}\n@!P1 BRA P2, {{top}}\nEXIT")
     assert (found.start, found.instructions) == (0, 4)
 
 
@@ -290,6 +307,14 @@ def test_calls_of_what_is_elsewhere() -> None:
 def test_calls_that_leave_a_loop_never_to_return() -> None:
     found = loop(f"top: {LOAD_A}\n@P0 CALL.REL.NOINC {{out}}\nBRA {{top}}\nout: {USE_A}\nEXIT")
     assert (found.instructions, found.calls) == (3, 0)
+
+
+def test_calls_that_only_jump() -> None:
+    found = loop(
+        f"top: {LOAD_A}\n@P0 CALL.REL.NOINC {{rest}}\nBRA {{out}}\n"
+        f"rest: {USE_A}\n@P1 BRA {{top}}\nout: EXIT"
+    )
+    assert (found.instructions, found.calls) == (4, 0)
 
 
 def test_what_is_for_a_diverged_warp() -> None:
