@@ -25,7 +25,7 @@ and architecture:
 and one for each of its hot loops, the innermost ones that load 16 bytes at once:
 
   at            where it begins
-  way           the instructions that load: LDG, LDGSTS (cp.async), LDS behind bulk copies
+  way           the instructions that load: LDG, LDGSTS (cp.async), LDS (what was copied)
   instructions  of a turn, predicated ones and both sides of branches included
   16 bytes      how many times 16 bytes a thread loads in a turn
   cost          warp instructions for each 16 bytes that a thread loads
@@ -55,6 +55,7 @@ from bench.machine_code.compilation import (
     InspectionError,
     kernel_sources,
     kernels_of,
+    known_archs,
     nvcc_version,
 )
 from bench.machine_code.limits import ARCHS, ARCHS_OF_LOOPS, complaints, inspect
@@ -66,7 +67,8 @@ LIBRARY = library.PACKAGE / library.CUDA_LIBRARY
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
-        found = kernels_of(options.files, options.archs)
+        archs = known_archs(ARCHS) if options.archs == ["all"] else options.archs
+        found = kernels_of(options.files, archs)
         compiler = nvcc_version() if options.all_sources else ""
     except (InspectionError, decisions.BuildError) as error:
         print(f"inspect_cuda: {error}", file=sys.stderr)
@@ -116,7 +118,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--archs",
         nargs="+",
         help=f"what to compile .cu files for (default: {' '.join(ARCHS_OF_LOOPS)}); all: "
-        f"{' '.join(ARCHS)}",
+        f"{' '.join(ARCHS)}, as far as nvcc knows them",
     )
     parser.add_argument("--all", action="store_true", help="show all kernels, main ones with a *")
     parser.add_argument("--check", action="store_true", help="fail on what kernels must not do")
@@ -128,11 +130,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.write and (options.files or options.archs):
         parser.error("--write is about all sources and architectures: name none")
-    every = options.write or options.archs == ["all"]
-    options.all_sources = every and not options.files
-    if not options.files:
-        options.files = kernel_sources() if options.archs or options.write else [LIBRARY]
-    options.archs = ARCHS if every else options.archs or ARCHS_OF_LOOPS
+    if options.write:
+        options.archs = ["all"]
+    options.all_sources = options.archs == ["all"] and not options.files
+    options.files = options.files or (kernel_sources() if options.archs else [LIBRARY])
+    options.archs = options.archs or ARCHS_OF_LOOPS
     for file in options.files:
         if not file.is_file():
             parser.error(f"{file} does not exist")

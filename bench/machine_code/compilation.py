@@ -57,6 +57,12 @@ def nvcc_version() -> str:
     return found.group(1)
 
 
+def known_archs(archs: Iterable[str]) -> list[str]:
+    """Those of these architectures that nvcc knows."""
+    known = decisions.nvcc_archs(_toolkit().nvcc)
+    return [arch for arch in archs if arch in known]
+
+
 def kernels_of(files: Iterable[Path], archs: Iterable[str]) -> list[Kernel]:
     """The kernels of compiled files, and of .cu files compiled for these architectures.
 

@@ -8,8 +8,9 @@ goes through all parts, once. A loop for what is left over after an unrolled one
 any other. What a compiler sets aside for a warp that has diverged (BRA.DIV) does not count, nor do
 functions: a loop that calls some, or has loops inside, costs more than is counted, and says so.
 
-In a kernel with bulk copies, how much comes with one of them is known at run time only: there the
-16 bytes that a thread reads of shared memory are counted instead.
+A kernel that copies into shared memory aside from its threads (LDGSTS, UBLKCP) may use what came in
+a loop of its own, and how much a bulk copy brings is known at run time only. So there a loop is hot
+also where it loads 16 bytes at once from shared memory, and those are counted if it has no others.
 """
 
 from __future__ import annotations
@@ -43,9 +44,13 @@ class HotLoop:
 
 def is_wide(kernel: Kernel) -> Callable[[Instruction], bool]:
     """What a wide load is in this kernel."""
-    if any(each.loads_bulk for each in kernel.instructions):
+    if any(each.loads_bulk or _copies_wide(each) for each in kernel.instructions):
         return lambda each: each.sixteens > 0 and (each.loads_global or each.name == "LDS")
     return lambda each: each.sixteens > 0 and each.loads_global
+
+
+def _copies_wide(each: Instruction) -> bool:
+    return each.name == "LDGSTS" and each.sixteens > 0
 
 
 def hot_loops(kernel: Kernel, flow: Flow) -> list[HotLoop]:
@@ -73,11 +78,13 @@ def _callees(flow: Flow, blocks: Iterable[int]) -> set[int | None]:
 
 
 def _loads(flow: Flow, loop: Loop, wide: Callable[[Instruction], bool]) -> list[Instruction]:
-    """The wide loads of a loop, also those of functions that it calls."""
+    """The wide loads of a loop, also those of functions that it calls; from shared memory only
+    if there are no others."""
     blocks = set(loop.blocks)
     for entry in _callees(flow, loop.blocks):
         blocks |= flow.functions.get(entry, frozenset())
-    return [each for each in _instructions(flow, blocks) if wide(each)]
+    found = [each for each in _instructions(flow, blocks) if wide(each)]
+    return [each for each in found if each.loads_global] or found
 
 
 def _measure(flow: Flow, loop: Loop, wide: Callable[[Instruction], bool]) -> HotLoop:
@@ -91,17 +98,17 @@ def _measure(flow: Flow, loop: Loop, wide: Callable[[Instruction], bool]) -> Hot
         start=loop.header,
         instructions=len(body),
         sixteens=sum(each.sixteens for each in loads),
-        in_flight=_in_flight(body, wide),
+        in_flight=_in_flight(body, frozenset(loads)),
         way="+".join(sorted({each.name for each in loads})),
         narrow=sum(each.loads_global and not each.sixteens for each in body),
         nested=sum(not any(map(_is_of_bulk, _instructions(flow, o.blocks))) for o in inside),
         calls=len(_callees(flow, loop.blocks)),
-        hidden=len(loads) - sum(map(wide, body)),
+        hidden=len(set(loads).difference(body)),
     )
 
 
-def _in_flight(body: list[Instruction], wide: Callable[[Instruction], bool]) -> int:
-    """How many wide loads are on their way when a turn first waits for one of them.
+def _in_flight(body: list[Instruction], loads: frozenset[Instruction]) -> int:
+    """How many of these loads are on their way when a turn first waits for one of them.
 
     The turns before are played through, so that loads count which are issued for a later turn. A
     load into registers is waited for where one of them is read; one into shared memory where
@@ -127,17 +134,17 @@ def _in_flight(body: list[Instruction], wide: Callable[[Instruction], bool]) -> 
             for load in arrived:
                 on_the_way.pop(load, None)
             written = set(each.written)
-            if wide(each):
+            if each in loads:
                 number += 1
                 written = {r + i for r in written for i in range(4)}
             on_the_way = {n: r for n, r in on_the_way.items() if not r or not r & written}
-            if wide(each):
+            if each in loads:
                 on_the_way[number] = written
                 if each.name == "LDGSTS":
                     groups[-1].add(number)
             elif each.name == "LDGDEPBAR":
                 groups.append(set())
-    return sum(map(wide, body)) if first is None else first
+    return len(loads.intersection(body)) if first is None else first
 
 
 def _waits_for_groups(each: Instruction) -> bool:

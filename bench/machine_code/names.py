@@ -8,9 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# As C++ names them, and how many elements 16 bytes hold.
+# As C++ names them.
 _DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
-_IN_16_BYTES = {"float64": 2, "float32": 4, "bfloat16": 8, "float16": 8}
 _LAYOUTS = {"(Layout)0": "NCHW", "(Layout)1": "NHWC"}
 
 
@@ -36,9 +35,8 @@ class Name:
 
     @property
     def is_main(self) -> bool:
-        """Whether it walks over feature maps, which have a layout, 16 bytes at once, for speed."""
-        whole = self.width == _IN_16_BYTES.get(self.dtype)
-        return bool(self.layout) and whole and self.is_for_speed
+        """Whether it walks over feature maps, which have a layout, by wide accesses, for speed."""
+        return bool(self.layout) and self.width > 1 and self.is_for_speed
 
 
 def read_names(mangled: Iterable[str]) -> dict[str, Name]:

@@ -124,7 +124,7 @@ def _loop_lines(kernels: Sequence[Inspected]) -> list[list[str]]:
         columns = [by_arch[arch].loops if arch in by_arch else [] for arch in ARCHS_OF_LOOPS]
         for loops in zip_longest(*columns):
             cells = [cell for loop in loops for cell in _loop_cells(loop)]
-            lines.append([*_cells(name), *cells])
+            lines.append([*_cells(name, "`"), *cells])
     return lines
 
 
@@ -142,7 +142,7 @@ def _register_lines(kernels: Sequence[Inspected]) -> list[list[str]]:
     archs = sorted({each.arch for each in kernels}, key=_order)
     lines = [[*_NAME, *archs]]
     for name, by_arch in _by_name(kernels).items():
-        lines.append([*_cells(name), *(_registers(by_arch.get(arch)) for arch in archs)])
+        lines.append([*_cells(name, "`"), *(_registers(by_arch.get(arch)) for arch in archs)])
     return lines
 
 
@@ -160,8 +160,9 @@ def _by_name(kernels: Sequence[Inspected]) -> dict[Name, dict[str, Inspected]]:
     return found
 
 
-def _cells(name: Name) -> list[str]:
-    return [name.kernel, name.body, name.dtype, name.layout, str(name.width or "")]
+def _cells(name: Name, quote: str = "") -> list[str]:
+    body = f"{quote}{name.body}{quote}" if name.body else ""
+    return [name.kernel, body, name.dtype, name.layout, str(name.width or "")]
 
 
 def _order(arch: str) -> tuple[float, str]:

@@ -267,6 +267,20 @@ def test_bulk_copies() -> None:
     assert (found.way, found.sixteens, found.in_flight, found.nested) == ("LDS", 2, 2, 0)
 
 
+def test_what_was_copied_is_used_in_a_loop_of_its_own() -> None:
+    """Both are hot: the one that copies, and the one that reads what was copied."""
+    use = "LDS.128 R4, [R0]\n" + "\n".join([USE_A] * 8)
+    copy, read = loops(f"first: {ASYNC}\n@P0 BRA {{first}}\n{around(use)}")
+    assert (copy.way, copy.sixteens, copy.cost) == ("LDGSTS", 1, 2)
+    assert (read.way, read.sixteens, read.cost) == ("LDS", 1, 11)
+    assert loops(around(use)) == []  # nothing was copied
+
+
+def test_what_was_copied_is_used_in_a_loop_inside() -> None:
+    found = loop(around(f"{ASYNC}\nin: LDS.128 R4, [R0]\n{USE_A}\n@P1 BRA {{in}}"))
+    assert (found.way, found.instructions, found.nested) == ("LDS", 3, 0)
+
+
 def test_stores_by_bulk_copies_are_none() -> None:
     assert loops(around("UBLKCP.G.S [UR8], [UR6], UR5\nLDS.128 R8, [R0]")) == []
 
@@ -369,8 +383,8 @@ def test_loops_with_two_entries_are_told() -> None:
             Name("joined_stats", "", "float64"),
         ),
         (
-            "void mixed_kernel<(bool)1, Body<3, float>, 7>()",
-            Name("mixed", "true, Body<3>", "float32", "", 7),
+            "void mixed_kernel<(bool)1, 3, Body<5, float>, 7>()",
+            Name("mixed", "true, 3, Body<5>", "float32", "", 7),
         ),
         ("plain(int)", Name("plain")),
         ("_ZN4cbam3fooE", Name("_ZN4cbam3fooE")),
@@ -385,6 +399,7 @@ def test_names(text: str, name: Name) -> None:
     [
         (MAIN, True),
         (Name("new", "", "float16", "NHWC", 8), True),
+        (Name("sweep", "Pool", "float16", "NCHW", 4), True),
         (Name("sweep", "Pool", "float16", "NCHW", 1), False),
         (Name("sweep", "Pool", "float64", "NCHW", 2), False),
         (Name("map_grads", "", "float32", "", 4), False),
@@ -484,7 +499,7 @@ def test_the_kept_table_follows_the_kernels() -> None:
     kernels[2] = dataclasses.replace(kernels[2], name=Name("gate", "", "float16", "NHWC", 8))
     kept = tables.kept_text(kernels, "13.0.88")
     assert "| gate |  | float16 | NHWC | 8 |  |  |  |  | 11 / 1 = 11 | 1 | 0 |  |" in kept
-    sweep = "| sweep | Pool | float32 | NCHW | 4 |"
+    sweep = "| sweep | `Pool` | float32 | NCHW | 4 |"
     assert f"{sweep} 6 / 2 = 3 | 2 | 0 |  | 6 / 2 = 3 | 2 | 0 |  |" in kept
     assert f"{sweep} 32 | 32 +8 |" in kept
     assert tables.kept_is_stale(kernels, "13.0.88", kept) is False
