@@ -119,7 +119,7 @@ def _first_line(compiler: str) -> str:
 def _loop_lines(kernels: Sequence[Inspected]) -> list[list[str]]:
     lines = [list(_NAME)]
     for arch in ARCHS_OF_LOOPS:
-        lines[0] += [arch, "in flight", "narrow", ""]
+        lines[0] += [arch, "in flight", "narrow", "notes"]
     for name, by_arch in _by_name(kernels).items():
         columns = [by_arch[arch].loops if arch in by_arch else [] for arch in ARCHS_OF_LOOPS]
         for loops in zip_longest(*columns):
