@@ -1,57 +1,23 @@
-"""bench/machine_code on short pieces of machine code, as cuobjdump would print them. What it makes
-of compiled kernels, test_hot_loops.py asks."""
+"""What bench/machine_code reads in short pieces of machine code. What it makes of compiled kernels,
+test_hot_loops.py asks; what it says of names and limits, test_machine_code_limits.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Sequence
-
 import pytest
 
-from bench.machine_code import tables
 from bench.machine_code.flow import analyse
-from bench.machine_code.limits import ARCHS, Inspected, Limits, complaints, inspect
 from bench.machine_code.loops import HotLoop, hot_loops
-from bench.machine_code.names import Name, take_apart
-from bench.machine_code.sass import Kernel, parse
-
-MAIN = Name("sweep", "Pool", "float32", "NCHW", 4)
-LIMITS = Limits(cost=10, mean_cost=8, uncounted=0)
-
-
-def dump(code: str, *, arch: str = "sm_90", stack: int = 0, attributes: Sequence[str] = ()) -> str:
-    """What cuobjdump prints of a kernel. A line of code may begin with a label; {label} is its
-    address."""
-    lines = [
-        re.fullmatch(r"(?:(\w+):)?\s*(.+)", line.strip()).groups()
-        for line in code.splitlines()
-        if line.strip()
-    ]
-    labels = {label: f"{16 * i:#x}" for i, (label, _) in enumerate(lines) if label}
-    return "\n".join(
-        [
-            f"arch = {arch}",
-            ".nv.info.toy",
-            "\tAttribute:\tEIATTR_MAX_THREADS",
-            "\tFormat:\tEIFMT_SVAL",
-            "\tValue:\t0x100 0x1 0x1",
-            *(f"\t\t{attribute.format(**labels)}" for attribute in attributes),
-            " Function toy:",
-            f"  REG:32 STACK:{stack} SHARED:16 LOCAL:0 CONSTANT[0]:384",
-            f"\tcode for {arch}",
-            "\t\tFunction : toy",
-            *(
-                f"        /*{16 * i:04x}*/  {text.format(**labels)} ;  /* 0x0000000000007918 */"
-                for i, (_, text) in enumerate(lines)
-            ),
-        ]
-    )
-
-
-def kernel(code: str, **of_dump: object) -> Kernel:
-    (found,) = parse(dump(code, **of_dump))
-    return found
+from bench.machine_code.sass import parse
+from support.machine_code import (
+    FUNCTION,
+    LOAD_A,
+    LOAD_B,
+    USE_A,
+    USE_B,
+    around,
+    dump,
+    kernel,
+)
 
 
 def loops(code: str, **of_dump: object) -> list[HotLoop]:
@@ -64,11 +30,6 @@ def loops(code: str, **of_dump: object) -> list[HotLoop]:
 def loop(code: str, **of_dump: object) -> HotLoop:
     (found,) = loops(code, **of_dump)
     return found
-
-
-def around(body: str) -> str:
-    """A loop with this body, to which the jump back is added."""
-    return f"MOV R1, RZ\ntop: NOP\n{body}\n@!P0 BRA {{top}}\nEXIT"
 
 
 # ------------------------------------------------------------------------------------ what is read
@@ -129,8 +90,6 @@ def test_widths(operation: str, sixteens: int) -> None:
 
 # ------------------------------------------------------------------------------ loads in flight
 
-LOAD_A, LOAD_B = "LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]"
-USE_A, USE_B = "FADD R20, R5, R20", "FADD R20, R8, R20"
 ASYNC, COMMIT = "LDGSTS.E.BYPASS.128 [R13], desc[UR6][R8.64]", "LDGDEPBAR"
 WAIT = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R2"
 
@@ -287,8 +246,6 @@ def test_stores_by_bulk_copies_are_none() -> None:
 
 # ------------------------------------------------------------------------------ control flow
 
-FUNCTION = "function: FADD R9, R9, R9\nRET.REL.NODEC R20 0x0"
-
 
 def test_calls() -> None:
     found = loop(around(f"{LOAD_A}\nCALL.REL.NOINC {{function}}") + f"\n{FUNCTION}")
@@ -357,152 +314,3 @@ def test_loops_with_two_entries_are_told() -> None:
     code = f"@P0 BRA {{middle}}\ntop: {LOAD_A}\nmiddle: {USE_A}\n@P1 BRA {{top}}\nEXIT"
     (fault,) = analyse(kernel(code)).faults
     assert "two entries" in fault
-
-
-# ------------------------------------------------------------------------------ names
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        (
-            "void cbam::cuda::sweep_kernel<cbam::cuda::GateGrads<cbam::Half, true>, "
-            "(cbam::Layout)1, 8>(cbam::cuda::GateGrads<cbam::Half, true>, cbam::cuda::Sweep)",
-            Name("sweep", "GateGrads<true>", "float16", "NHWC", 8),
-        ),
-        (
-            "void cbam::cuda::sweep_kernel<cbam::cuda::Pool<float>, (cbam::Layout)0, (int)1>(int)",
-            Name("sweep", "Pool", "float32", "NCHW", 1),
-        ),
-        (
-            "void cbam::cuda::gate_kernel<cbam::BFloat16, (cbam::Layout)0, 8>(int)",
-            Name("gate", "", "bfloat16", "NCHW", 8),
-        ),
-        (
-            "void cbam::cuda::(anonymous namespace)::joined_stats_kernel<double>(X<double>)",
-            Name("joined_stats", "", "float64"),
-        ),
-        (
-            "void mixed_kernel<(bool)1, 3, Body<5, float>, 7>()",
-            Name("mixed", "true, 3, Body<5>", "float32", "", 7),
-        ),
-        ("plain(int)", Name("plain")),
-        ("_ZN4cbam3fooE", Name("_ZN4cbam3fooE")),
-    ],
-)
-def test_names(text: str, name: Name) -> None:
-    assert take_apart(text) == name
-
-
-@pytest.mark.parametrize(
-    ("name", "is_main"),
-    [
-        (MAIN, True),
-        (Name("new", "", "float16", "NHWC", 8), True),
-        (Name("sweep", "Pool", "float16", "NCHW", 4), True),
-        (Name("sweep", "Pool", "float16", "NCHW", 1), False),
-        (Name("sweep", "Pool", "float64", "NCHW", 2), False),
-        (Name("map_grads", "", "float32", "", 4), False),
-    ],
-)
-def test_main_kernels(name: Name, is_main: bool) -> None:
-    assert name.is_main == is_main
-
-
-def test_a_name_reads_well() -> None:
-    assert str(MAIN) == "sweep<Pool> float32 NCHW W=4"
-    assert str(Name("plain")) == "plain"
-
-
-# ------------------------------------------------------------------------------ limits
-
-LEAN = around(f"{LOAD_A}\n{LOAD_B}\n{USE_A}\n{USE_B}")
-COSTLY = around(LOAD_A + "\n" + "\n".join([USE_A] * 8))  # 11 instructions
-
-
-def inspected(code: str, name: Name = MAIN, **of_dump: object) -> Inspected:
-    return inspect(kernel(code, **of_dump), name)
-
-
-def test_a_lean_kernel_is_fine() -> None:
-    assert complaints([inspected(LEAN)], LIMITS) == []
-
-
-@pytest.mark.parametrize(
-    ("code", "complaint"),
-    [
-        (COSTLY, "takes 11 instructions for 1 times 16 bytes in its loop at 0x10: 11, more"),
-        (f"{LOAD_A}\n{around(USE_A)}", "has no loop with 128-bit loads; 1 are elsewhere"),
-        (around("LDG.E.64 R4, [R2.64]"), "has no loop with 128-bit loads; 0 are elsewhere"),
-        (
-            around("CALL.REL.NOINC {f}") + f"\nf: {LOAD_A}\nRET.REL.NODEC R20 0x0",
-            "has 1 128-bit loads in functions that its loop at 0x10 calls",
-        ),
-        (around(f"{LOAD_A}\nCALL.REL.NOINC {{function}}") + f"\n{FUNCTION}", "call functions in"),
-        (around(f"{LOAD_A}\nin: {USE_A}\n@P1 BRA {{in}}"), "or have loops inside them"),
-        (LEAN + "\nBRX R2 -0x20", "jumps from"),
-        (LEAN.replace("NOP", "STL [R1], R2"), "0 bytes of stack, with 1 stores and 0 loads"),
-    ],
-)
-def test_complaints(code: str, complaint: str) -> None:
-    assert complaint in "\n".join(complaints([inspected(code)], LIMITS))
-
-
-def test_spills_count_for_all_kernels_and_architectures() -> None:
-    narrow = Name("joined_stats", "", "float64")
-    for arch in ARCHS:
-        kernels = [
-            inspected(LEAN),
-            inspected("EXIT", narrow, stack=8, arch="sm_" + arch.replace(".", "")),
-        ]
-        (complaint,) = complaints(kernels, LIMITS)
-        assert complaint.startswith(f"joined_stats float64 ({arch}) uses 8 bytes of stack")
-        allowing = dataclasses.replace(LIMITS, stack={arch: 8})
-        assert complaints(kernels, allowing) == []
-        assert complaints(kernels, dataclasses.replace(LIMITS, stack={arch: 4})) != []
-
-
-def test_the_mean() -> None:
-    """Of 3 and of 11, which is within a limit of its own."""
-    kernels = [inspected(LEAN), inspected(COSTLY)]
-    limits = Limits(cost=11, mean_cost=5.8, uncounted=0)
-    assert complaints(kernels, limits) == []
-    (complaint,) = complaints(kernels, dataclasses.replace(limits, mean_cost=5.7))
-    assert "9.0 take 5.7 instructions for each 16 bytes in geometric mean" in complaint
-
-
-@pytest.mark.parametrize(
-    ("arch", "name"),
-    [("sm_86", MAIN), ("sm_90", Name("sweep", "Pool", "float64", "NCHW", 2))],
-)
-def test_costs_are_held_to_limits_where_speed_counts(arch: str, name: Name) -> None:
-    kernels = [inspected(LEAN), inspected(COSTLY, name, arch=arch)]
-    assert complaints(kernels, LIMITS) == []
-
-
-def test_occupancy() -> None:
-    text = dump(LEAN).replace("REG:32", "REG:72")  # for 256 threads: 3 blocks of the 8
-    (found,) = parse(text)
-    (complaint,) = complaints([inspect(found, MAIN)], LIMITS)
-    assert complaint.endswith("fills 38% of a multiprocessor")
-
-
-def test_that_there_is_nothing_to_look_at_is_told() -> None:
-    assert complaints([inspected(LEAN, Name("renamed"))], LIMITS) == ["there is no main kernel"]
-
-
-# ------------------------------------------------------------------------------ the kept table
-
-
-def test_the_kept_table_follows_the_kernels() -> None:
-    kernels = [inspected(LEAN, arch="sm_80"), inspected(LEAN, stack=8), inspected(COSTLY)]
-    kernels[2] = dataclasses.replace(kernels[2], name=Name("gate", "", "float16", "NHWC", 8))
-    kept = tables.kept_text(kernels, "13.0.88")
-    assert "| gate |  | float16 | NHWC | 8 |  |  |  |  | 11 / 1 = 11 | 1 | 0 |  |" in kept
-    sweep = "| sweep | `Pool` | float32 | NCHW | 4 |"
-    assert f"{sweep} 6 / 2 = 3 | 2 | 0 |  | 6 / 2 = 3 | 2 | 0 |  |" in kept
-    assert f"{sweep} 32 | 32 +8 |" in kept
-    assert tables.kept_is_stale(kernels, "13.0.88", kept) is False
-    assert tables.kept_is_stale(kernels[::-1], "13.0.88", kept) is False
-    assert tables.kept_is_stale(kernels[:2], "13.0.88", kept) is True
-    assert tables.kept_is_stale(kernels, "13.1.2", kept) is None
