@@ -49,13 +49,14 @@ def main() -> int:
     arch = _capability() if device == "cuda" else ""
     state = _probe(device)
     if state["kernels"] and fits(state["info"], device, arch):
-        print("the libraries in place are of these sources")
+        print(f"the libraries in place are of these sources, {decisions.source_hash()}")
         return 0
     if _carried_fits(device, arch):
         _put_in_place()
         state = _probe(device)
         if state["kernels"]:
-            print(f"the libraries in {FOLDER.relative_to(ROOT)} are of these sources")
+            where = FOLDER.relative_to(ROOT)
+            print(f"the libraries in {where} are of these sources, {decisions.source_hash()}")
             return 0
         print(f"the libraries in {FOLDER.relative_to(ROOT)} do not work here: {state['why']}")
     _compile(device, arch)
@@ -64,7 +65,7 @@ def main() -> int:
     if not state["kernels"]:
         print(state["why"])
         return 1
-    print(f"built for {arch if device == 'cuda' else 'the CPU'}")
+    print(f"built for {arch or 'the CPU'} from sources {decisions.source_hash()}")
     return 0
 
 

@@ -61,6 +61,7 @@ class Runner:
         grace: seconds from asking a step to stop (an interrupt, upon which pytest still tells what
             it found) to killing it, and the same again until it is given up: what hangs in a
             driver does not die.
+        clock: seconds that pass.
     """
 
     REST = 0.05  # seconds between two looks
@@ -73,15 +74,17 @@ class Runner:
         changed: Callable[[list[Result]], None],
         jobs: int = 64,
         grace: float = 6.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.work = work
         self.results: list[Result] = []
-        self._end = time.monotonic() + seconds
+        self._clock = clock
+        self._end = clock() + seconds
         self._changed = changed
         self._jobs = jobs
         self._grace = grace
         self._running: list[_Running] = []
-        self._told = time.monotonic()
+        self._told = self._clock()
 
     def run(self, phases: Sequence[Sequence[Step]]) -> list[Result]:
         """The results of all steps; one for each, whatever happens to it."""
@@ -107,7 +110,7 @@ class Runner:
     def _begin(self, step: Step) -> None:
         failed = {result.step for result in self.results if result.outcome == "FAIL"}
         missing = [name for name in step.needs if name in failed]
-        seconds = min(step.seconds, self._end - 2 * self._grace - time.monotonic())
+        seconds = min(step.seconds, self._end - 2 * self._grace - self._clock())
         if missing or seconds <= 0:
             says = f"{' and '.join(missing)} failed" if missing else "no time was left"
             self._finish(Result(step.name, "FAIL", says=says))
@@ -126,10 +129,10 @@ class Runner:
             except OSError as error:
                 self._finish(Result(step.name, "FAIL", says=str(error)))
                 return
-        self._running.append(_Running(step, process, log, time.monotonic(), seconds))
+        self._running.append(_Running(step, process, log, self._clock(), seconds))
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for running in list(self._running):
             code = running.process.poll()
             if code is not None:
@@ -157,7 +160,7 @@ class Runner:
         """``says`` comes before the last line of the step's own output."""
         line = _last_line(running.log)
         text = f"{says}: {line}" if says and line else says or line
-        seconds = time.monotonic() - running.begin
+        seconds = self._clock() - running.begin
         self._finish(Result(running.step.name, outcome, seconds, text))
 
     def _finish(self, result: Result) -> None:
@@ -165,7 +168,7 @@ class Runner:
         self._tell()
 
     def _tell(self) -> None:
-        self._told = time.monotonic()
+        self._told = self._clock()
         self._changed(self.results)
 
     @staticmethod

@@ -203,6 +203,7 @@ def work(backend: str, shapes: int, start: int) -> int:
         print(cbam_ext.building.library.no_kernel_reason(device.type), file=sys.stderr)
         return 1
     ops = torch.ops.cbam_emulated if backend == "emulated" else torch.ops.cbam
+    torch.zeros(1, device=device)  # what takes long at the first call is not an operator's
     torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
     for number, (shape, kernel, dtype, layout, operator) in enumerate(items(shapes)):
         if number < start:

@@ -26,11 +26,17 @@ def shell(name: str, text: str, seconds: float = LONG, needs: tuple[str, ...] = 
     return Step(name, ("bash", "-c", text), seconds, needs)
 
 
-def run(
-    work: Path, *phases: Sequence[Step], seconds: float = LONG, grace: float = 1.0
-) -> dict[str, Result]:
-    runner = Runner(work, seconds, lambda results: None, grace=grace)
+def run(work: Path, *phases: Sequence[Step], **options: Any) -> dict[str, Result]:
+    runner = Runner(work, **{"seconds": LONG, "changed": lambda results: None, **options})
     return {result.step: result for result in runner.run(phases)}
+
+
+def late_after(begun: Path) -> dict[str, Any]:
+    """Options of a runner whose steps have used up their time once that file is there."""
+    return {
+        "seconds": 1000 * LONG,
+        "clock": lambda: time.monotonic() + (2 * LONG if begun.exists() else 0),
+    }
 
 
 def is_running(process: int) -> bool:
@@ -66,17 +72,18 @@ def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    hang = f"trap '' INT TERM; (trap '' INT TERM; while :; do sleep 0.1; done) & echo $! > {child}"
+    child, begun = tmp_path / "child", tmp_path / "begun"
+    hang = f"trap '' INT TERM; (while :; do sleep 0.1; done) & echo $! > {child}"
     found = run(
         tmp_path,
-        [shell("hangs", f"{hang}; echo begun; while :; do sleep 0.1; done", 0.5)],
+        [shell("hangs", f"{hang}; echo begun; touch {begun}; while :; do sleep 0.1; done")],
         [shell("next", "echo here")],
         grace=0.3,
+        **late_after(begun),
     )
     assert found["hangs"].outcome == "FAIL"
-    assert found["hangs"].says.endswith("begun")
     assert "stopped after" in found["hangs"].says
+    assert found["hangs"].says.endswith("begun")
     assert found["next"].outcome == "PASS"
     assert not is_running(int(child.read_text()))
 
@@ -89,8 +96,10 @@ def test_children_that_a_step_leaves_are_killed(tmp_path: Path) -> None:
 
 
 def test_a_step_is_asked_to_stop_before_it_is_killed(tmp_path: Path) -> None:
-    text = "trap 'echo three failed; exit 0' INT; while :; do sleep 0.05; done"
-    found = run(tmp_path, [shell("slow", text, 0.5)], grace=20)
+    begun = tmp_path / "begun"
+    trap = "trap 'echo three failed; exit 0' INT"
+    slow = shell("slow", f"{trap}; touch {begun}; while :; do sleep 0.05; done")
+    found = run(tmp_path, [slow], grace=LONG, **late_after(begun))
     assert found["slow"].outcome == "FAIL"
     assert found["slow"].says.endswith("three failed")
 
