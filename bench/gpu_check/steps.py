@@ -306,7 +306,9 @@ def warmup(program: Program) -> int:
             command += ["--seconds", str(max(5, settings.seconds - LAST_PROBLEM))]
             print("+", shlex.join(command), flush=True)
             if not settings.dry:
-                jobs.append(subprocess.Popen(command, cwd=ROOT))
+                # Not as many compiling as there are cores, four times, beside the tests.
+                environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+                jobs.append(subprocess.Popen(command, cwd=ROOT, env=environment))
     return max((abs(job.wait()) for job in jobs), default=0)
 
 

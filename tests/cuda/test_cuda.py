@@ -52,7 +52,7 @@ CASES = [
     Problem((3, 33, 40, 41), 5, 2, torch.float64, "nhwc"),
     Problem((40, 512, 7, 7), 7, 32, torch.float16),
 ]
-SLEEP = 200_000_000  # cycles: a tenth of a second
+SLEEP = 1_000_000_000  # cycles: half a second, longer than launching takes on a busy machine
 
 
 def make(problem: Problem, device: torch.device | str = "cuda") -> Arguments:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.gpu_check import build, steps
 from bench.gpu_check import folder as folders
 from bench.gpu_check.runner import SKIPPED, Result, Runner, Step
+from support.backends import gpu_is_lost
 from support.packages import CHECKOUT
 
 LONG = 100.0  # seconds that no step here takes
@@ -97,8 +99,17 @@ def test_children_that_a_step_leaves_are_killed(tmp_path: Path) -> None:
 
 def test_a_step_is_asked_to_stop_before_it_is_killed(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    trap = "trap 'echo three failed; exit 0' INT"
-    slow = shell("slow", f"{trap}; touch {begun}; while :; do sleep 0.05; done")
+    program = """
+import pathlib, signal, sys, time
+def told(number, frame):
+    print("three failed")
+    sys.exit(0)
+signal.signal(signal.SIGINT, told)
+pathlib.Path(sys.argv[1]).touch()
+while True:
+    time.sleep(0.05)
+"""
+    slow = Step("slow", (sys.executable, "-c", program, str(begun)), LONG)
     found = run(tmp_path, [slow], grace=LONG, **late_after(begun))
     assert found["slow"].outcome == "FAIL"
     assert found["slow"].says.endswith("three failed")
@@ -237,6 +248,20 @@ sys.exit(check.main())
     assert not is_running(int(hangs.read_text()))
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_lost_gpu_is_noticed(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    found = gpu_is_lost()
+    monkeypatch.undo()  # before the hook asks for this test
+    assert found == lost
+
+
+@pytest.mark.slow
 def test_tests_end_where_the_gpu_is_lost() -> None:
     """Each later one would fail."""
     program = """
