@@ -108,9 +108,10 @@ class Runner:
         return self.work / f"{step}.log"
 
     def _begin(self, step: Step) -> None:
+        begin = self._clock()
         failed = {result.step for result in self.results if result.outcome == "FAIL"}
         missing = [name for name in step.needs if name in failed]
-        seconds = min(step.seconds, self._end - 2 * self._grace - self._clock())
+        seconds = min(step.seconds, self._end - 2 * self._grace - begin)
         if missing or seconds <= 0:
             says = f"{' and '.join(missing)} failed" if missing else "no time was left"
             self._finish(Result(step.name, "FAIL", says=says))
@@ -129,7 +130,7 @@ class Runner:
             except OSError as error:
                 self._finish(Result(step.name, "FAIL", says=str(error)))
                 return
-        self._running.append(_Running(step, process, log, self._clock(), seconds))
+        self._running.append(_Running(step, process, log, begin, seconds))
 
     def _look(self) -> None:
         now = self._clock()
