@@ -212,6 +212,15 @@ def test_long_output_keeps_both_ends(tmp_path: Path, out: Path) -> None:
     assert "[... 8 bytes left out ...]" in log
 
 
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "benchmark.json").write_text("{}")
+    (out / "notes.txt").write_text("of somebody else")
+    folders.Folder(out, tmp_path, [], {"commit": "abc", "date": "today"})
+    assert not (out / "benchmark.json").exists()
+    assert (out / "notes.txt").exists()
+
+
 def test_half_a_file_of_facts_is_not_taken(tmp_path: Path, out: Path) -> None:
     (tmp_path / "smoke.json").write_text('{"results": [')
     folders.Folder(out, tmp_path, ["smoke"], {"commit": "abc", "date": "today"})
