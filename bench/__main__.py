@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,14 +14,17 @@ import cbam_ext
 from cbam_ext.cost.timing import settle_allocator
 
 from . import report
-from .baselines import MODULES, NEEDS, NORM_MODULES
+from .baselines import MODULES, NEEDS, NORM_MODULES, ON_DEMAND
 from .measure import DTYPES, LAYOUTS, copy_bandwidth, default_shapes, measure_problem
+from .traffic import peak_bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
+    end = time.monotonic()
     options = _parse()
+    end += options.seconds
     device = torch.device(options.device)
     if not cbam_ext.ops.has_kernels(device.type):
         sys.exit(f"python -m bench: {cbam_ext.building.library.no_kernel_reason(device.type)}")
@@ -31,25 +35,55 @@ def main() -> None:
     modules = {name: known[name] for name in ("ours", *baselines)}
     torch._dynamo.config.cache_size_limit = 1000  # every problem compiles once
     settle_allocator()
-    rows = []
-    bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
+    results = report.Results([], baselines, device, norm="BatchNorm2d" if options.norm else "")
+    if options.add and Path(options.output).with_suffix(".json").is_file():
+        results.resume(Path(options.output).with_suffix(".json"))
+    if device.type == "cuda":
+        _measure_bandwidth(results)
+    # All of a shape, then the next: what time is left for is complete.
     problems = [
         (shape, dtype, layout)
+        for shape in options.shapes or default_shapes(device)
         for dtype in options.dtypes
         for layout in options.layouts
-        for shape in options.shapes or default_shapes(device)
     ]
+    failed: list[str] = []
     for number, (shape, dtype, layout) in enumerate(problems, 1):
+        if time.monotonic() > end:
+            print(f"no time for the last {len(problems) - number + 1} problems", file=sys.stderr)
+            break
         name = "x".join(map(str, shape))
         print(f"[{number}/{len(problems)}] {name} {dtype} {layout}", file=sys.stderr, flush=True)
-        rows += measure_problem(shape, dtype, layout, modules, device, options.rounds)
-    results = report.Results(
-        rows, baselines, device, bandwidth, "BatchNorm2d" if options.norm else ""
-    )
+        try:
+            rows = measure_problem(shape, dtype, layout, modules, device, options.rounds)
+        except RuntimeError as error:
+            failed.append(f"{name} {dtype} {layout}")
+            print(f"{failed[-1]} failed: {error}", file=sys.stderr)
+            continue
+        for row in rows:
+            results.put(row)
+        if options.output:  # after each problem, in case something ends this program
+            results.write(Path(options.output))
+    if not results.rows:
+        sys.exit("python -m bench: nothing was measured")
     print(results.table())
     if options.output:
-        for path in results.write(Path(options.output)):
+        stem = Path(options.output)
+        paths = [*results.write(stem), results.draw(stem.with_suffix(".png"))]
+        for path in filter(None, paths):
             print(f"wrote {path}", file=sys.stderr)
+    if failed:
+        sys.exit(f"python -m bench: {', '.join(failed)} failed")
+
+
+def _measure_bandwidth(results: report.Results) -> None:
+    device = results.device
+    results.bandwidth["copy"] = copy_bandwidth(device)
+    found = peak_bandwidth(torch.cuda.get_device_properties(device))
+    if found is None:
+        print(f"nothing tells the peak bandwidth of {device}", file=sys.stderr)
+    else:
+        results.bandwidth["peak"], results.peak_source = found
 
 
 def _parse() -> argparse.Namespace:
@@ -65,7 +99,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     others = [name for name in MODULES if name != "ours"]
-    parser.add_argument("--against", nargs="*", choices=others, default=others)
+    usual = [name for name in others if name not in ON_DEMAND]
+    parser.add_argument(
+        "--against", nargs="*", choices=others, default=usual, help="default: " + " ".join(usual)
+    )
     parser.add_argument(
         "--norm",
         action="store_true",
@@ -73,6 +110,17 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--rounds", type=int, default=15, help="turns per module (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no problem after so many (default: measure all)",
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="to the results that an earlier run of the same code has written to --output",
     )
     parser.add_argument(
         "--output",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 
 import torch
 from torch import Tensor
@@ -29,19 +30,29 @@ SHAPES = (
     (2, 24, 40, 48),
     (70, 8, 4, 4),
 )
+# They take turns. Five of them, so that each meets every layout and offset.
+KERNEL_SIZES = (7, 3, 7, 31, 1)
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def main() -> int:
     options = _parse()
     device = torch.device(options.device)
-    problems = itertools.product(options.shapes, options.dtypes, options.layouts, options.offsets)
-    failures = 0
-    for count, (sizes, dtype, layout, offset) in enumerate(problems, 1):
+    problems = list(
+        itertools.product(options.shapes, options.dtypes, options.layouts, options.offsets)
+    )
+    end = time.monotonic() + options.seconds
+    failures = count = 0
+    for sizes, dtype, layout, offset in problems:
+        if time.monotonic() > end:
+            break
+        kernel_size = options.kernel_sizes[count % len(options.kernel_sizes)]
+        count += 1
+        name = f"{'x'.join(map(str, sizes))} {dtype} {layout} offset {offset} k{kernel_size}"
+        print(name, flush=True)  # before, in case the next line is that of a sanitizer
         torch.manual_seed(count)
-        arguments, grad_output = _draw(sizes, DTYPES[dtype], layout, offset, device)
+        arguments, grad_output = _draw(sizes, DTYPES[dtype], layout, offset, kernel_size, device)
         found = [t.cpu() for t in _run(arguments, grad_output)]
-        name = f"{'x'.join(map(str, sizes))} {dtype} {layout} offset {offset}"
         if not options.check:
             continue
         expected = _run([t.cpu() for t in arguments], grad_output.cpu())
@@ -50,12 +61,17 @@ def main() -> int:
             if not distance < LIMITS[DTYPES[dtype]]:
                 failures += 1
                 print(f"{name}: result {i} is off by {distance:.2g}", file=sys.stderr)
-    print(f"{count} problems on {device}, {failures} results off")
+    print(f"{count} of {len(problems)} problems on {device}, {failures} results off")
     return 1 if failures else 0
 
 
 def _draw(
-    sizes: tuple[int, ...], dtype: torch.dtype, layout: str, offset: int, device: torch.device
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    offset: int,
+    kernel_size: int,
+    device: torch.device,
 ) -> tuple[list[Tensor], Tensor]:
     channels = sizes[1]
     hidden = max(1, channels // 16)
@@ -64,7 +80,7 @@ def _draw(
         torch.randn(hidden),
         torch.randn(channels, hidden) * 0.3,
         torch.randn(channels),
-        torch.randn(1, 2, 7, 7) / 7,
+        torch.randn(1, 2, kernel_size, kernel_size) / kernel_size,
         torch.randn(1),
     ]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -97,6 +113,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--offsets", nargs="+", type=int, default=[0, 1], help="default: 0 1")
+    parser.add_argument("--kernel-sizes", nargs="+", type=int, default=KERNEL_SIZES)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no problem after so many (default: run all)",
+    )
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare with the CPU"
     )

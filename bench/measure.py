@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cbam_ext.cost.timing import SavedForBackward, Stopwatch, median_ratios, stopwatch
+
+from .traffic import share
 
 # Stages of ResNets and of smp's decoders.
 SHAPES = (
@@ -31,12 +35,8 @@ LARGE_SHAPES = (
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DIRECTIONS = ("forward", "forward+backward")
-
-# Passes over the feature map, each a read or a write: those of kernels that find nothing in a cache
-# (forward 3 reads and 1 write; backward reads x twice, g twice, and writes once), and the fewest
-# that there can be.
-STREAMING_PASSES = {"forward": 4, "forward+backward": 4 + 5}
-FEWEST_PASSES = {"forward": 2, "forward+backward": 2 + 3}
+# What the caches of a GPU hold of a step's input when it begins: nothing, or all that they can.
+CACHES = ("cold", "warm")
 
 
 def default_shapes(device: torch.device) -> list[tuple[int, ...]]:
@@ -48,6 +48,8 @@ def default_shapes(device: torch.device) -> list[tuple[int, ...]]:
 class Row:
     """One problem: milliseconds by module, how many times slower than ours it is, bytes kept.
 
+    On a CPU, whose caches are always warm, each problem has a row for each direction; on a GPU two.
+
     All are medians over the turns. That of the ratios is taken over the ratio within each turn: a
     machine that is slow for some seconds is so for every module of a turn. On a GPU
     ``milliseconds`` is the time that the device takes; ``call_milliseconds`` is what a program
@@ -58,6 +60,7 @@ class Row:
     dtype: str
     layout: str
     direction: str
+    cache: str = "warm"
     milliseconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     call_milliseconds: dict[str, float] = field(default_factory=dict)
@@ -79,11 +82,24 @@ class Row:
 
     def bandwidth_share(self, bandwidth: float, passes: dict[str, int]) -> float:
         """The share of ``bandwidth`` (bytes a second) that so many passes in our time are."""
-        moved = passes[self.direction] * self.input_bytes
-        return moved / (1e-3 * self.milliseconds["ours"] * bandwidth)
+        seconds = 1e-3 * self.milliseconds["ours"]
+        return share(passes[self.direction], self.input_bytes, seconds, bandwidth)
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+    def key(self) -> tuple:
+        """What is measured: rows with equal keys are of one problem."""
+        return self.shape, self.dtype, self.layout, self.direction, self.cache
+
+    def complete(self, other: Row) -> None:
+        """Takes from another row of the same problem what this one does not have."""
+        for name in FIGURES:
+            setattr(self, name, {**getattr(other, name), **getattr(self, name)})
+
+
+# The fields of a Row that hold a number for each module.
+FIGURES = ("milliseconds", "ratios", "call_milliseconds", "call_ratios", "saved_over_input")
 
 
 def measure_problem(
@@ -94,44 +110,49 @@ def measure_problem(
     device: torch.device,
     rounds: int,
 ) -> list[Row]:
-    """Both directions of one problem.
+    """Both directions of one problem, on a GPU with caches cold and warm.
 
     ``modules`` are names and what builds them for a number of channels, "ours" among them. They
     run in turns, ``rounds`` times; every turn lasts some milliseconds, and the median over the
-    turns counts. On a GPU inputs, upstream gradients and results each rotate through more memory
-    than its L2 cache holds.
+    turns counts. A module that fails, other than ours, is left out of the rows, and stderr says so.
+
+    Cold is made by rotation: inputs, upstream gradients and results each go through more memory
+    than twice the L2 cache. Warm are steps that use the same memory again and again.
     """
-    count = 1
+    caches = {"warm": 1}
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = 2 + 2 * cache // _bytes(shape, DTYPES[dtype])
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        caches = {"cold": buffers_beyond(cache_bytes, _bytes(shape, DTYPES[dtype])), **caches}
     first = torch.randn(shape, device=device).to(DTYPES[dtype])
     first = first.contiguous(memory_format=LAYOUTS[layout])
-    inputs = [first, *(first.clone() for _ in range(count - 1))]
-    built = {name: build(shape[1]).to(device, DTYPES[dtype]) for name, build in modules.items()}
+    built = {}
+    for name, build in modules.items():
+        with _left_out_if_it_fails(name):
+            built[name] = build(shape[1]).to(device, DTYPES[dtype])
     watch = stopwatch(device)
     rows = []
-    for direction in DIRECTIONS:
-        row = Row(shape, dtype, layout, direction, input_bytes=first.nbytes)
-        if direction == "forward":
-            steps = {name: _forward(module, inputs) for name, module in built.items()}
-        else:
-            gradients = [torch.randn_like(x) for x in inputs]
-            steps = {
-                name: _forward_backward(module, inputs, gradients) for name, module in built.items()
-            }
-        steps["copy"] = _copy(inputs)
-        times, calls = _interleaved(steps, rounds, watch)
-        row.milliseconds, row.ratios = _medians(times), median_ratios(times, "ours")
-        row.call_milliseconds, row.call_ratios = _medians(calls), median_ratios(calls, "ours")
-        if direction != "forward":
-            row.saved_over_input = {
-                name: _saved_bytes(module, first) / first.nbytes
-                for name, module in built.items()
-                if name != "compile"
-            }
-        rows.append(row)
+    for cache, count in caches.items():
+        inputs = [first, *(first.clone() for _ in range(count - 1))]
+        for direction in DIRECTIONS:
+            row = Row(shape, dtype, layout, direction, cache, input_bytes=first.nbytes)
+            steps = _steps(direction, built, inputs)
+            # Whole calls are launches as much as memory: once is enough.
+            times, calls = _interleaved(steps, rounds, watch, calls=cache == next(iter(caches)))
+            row.milliseconds, row.ratios = _medians(times), median_ratios(times, "ours")
+            row.call_milliseconds, row.call_ratios = _medians(calls), median_ratios(calls, "ours")
+            if direction != "forward":
+                row.saved_over_input = {
+                    name: _saved_bytes(built[name], first) / first.nbytes
+                    for name in times
+                    if name not in ("copy", "compile", "autotuned")
+                }
+            rows.append(row)
     return rows
+
+
+def buffers_beyond(cache_bytes: int, buffer_bytes: int) -> int:
+    """How many buffers to rotate through so that a cache has forgotten each when it comes again."""
+    return 2 + 2 * cache_bytes // buffer_bytes
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -148,6 +169,33 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 # --- steps: what is timed -------------------------------------------------------------------------
+
+
+def _steps(
+    direction: str, modules: dict[str, torch.nn.Module], inputs: list[Tensor]
+) -> dict[str, Callable[[], None]]:
+    """A step of each module, and one that copies."""
+    steps = {}
+    gradients = [] if direction == "forward" else [torch.randn_like(x) for x in inputs]
+    for name, module in modules.items():
+        if direction == "forward":
+            steps[name] = _forward(module, inputs)
+        else:
+            steps[name] = _forward_backward(module, inputs, gradients)
+    steps["copy"] = _copy(inputs)
+    return steps
+
+
+@contextlib.contextmanager
+def _left_out_if_it_fails(name: str) -> Iterator[None]:
+    """For what is of others: a compiler that is missing costs a column and not the table."""
+    try:
+        yield
+    except Exception as error:
+        if name in ("ours", "copy"):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        print(f"leaving out {name}: {type(error).__name__}: {first}", file=sys.stderr)
 
 
 class _Kept:
@@ -205,18 +253,22 @@ def _copy(inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def _interleaved(
-    steps: dict[str, Callable[[], None]], rounds: int, watch: Stopwatch
+    steps: dict[str, Callable[[], None]], rounds: int, watch: Stopwatch, *, calls: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each step in every turn, and, on a GPU, those of whole calls."""
-    repeats = {name: watch.prepare(step) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    calls: dict[str, list[float]] = {name: [] for name in steps if watch.times_calls}
+    """Seconds of each step in every turn, and, where they differ, of whole calls if asked for."""
+    repeats: dict[str, int] = {}
+    for name, step in steps.items():
+        with _left_out_if_it_fails(name):
+            repeats[name] = watch.prepare(step)
+    calls = calls and watch.times_calls
+    times: dict[str, list[float]] = {name: [] for name in repeats}
+    whole: dict[str, list[float]] = {name: [] for name in repeats if calls}
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(watch.time(step, repeats[name]))
-            if watch.times_calls:
-                calls[name].append(watch.time_calls(step, repeats[name]))
-    return times, calls
+        for name in repeats:
+            times[name].append(watch.time(steps[name], repeats[name]))
+            if calls:
+                whole[name].append(watch.time_calls(steps[name], repeats[name]))
+    return times, whole
 
 
 def _medians(times: dict[str, list[float]]) -> dict[str, float]:

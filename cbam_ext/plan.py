@@ -83,6 +83,8 @@ class LaunchPlan:
     sweep_blocks: int
     pixel_spans: int
     channel_spans: int
+    mlp_span: int  # channels of a block of the MLP
+    mlp_blocks: int  # of a sample
     tile_rows: int  # of the convolution
     tile_columns: int
     tiles: int
@@ -111,10 +113,13 @@ class LaunchPlan:
         """The kernels in their order, of a whole chunk."""
         sweep = self.chunk * self.sweep_blocks
         tiles = self.chunk * self.tiles
+        mlp = self.chunk * self.mlp_blocks
         wide = self.vector * self.dtype.itemsize
         if not self.backward:
             return (
-                Launch("pool", sweep, "x", "channel gate", 1, 0, wide),
+                Launch("pool", sweep, "x", "2 values per channel", 1, 0, wide),
+                Launch("hidden units", mlp, "values per channel", "2 values per unit", 0),
+                Launch("channel gate", mlp, "values per unit", "channel gate", 0),
                 Launch("channel statistics", sweep, "x", "2 maps per pixel", 1, 0, wide),
                 Launch("spatial gate", tiles, "2 maps per pixel", "spatial gate", 0),
                 Launch("output", sweep, "x", "y", 1, 1, wide),
@@ -122,9 +127,11 @@ class LaunchPlan:
         return (
             Launch("gate gradients", sweep, "x, dy", "4 maps per pixel", 2, 0, wide),
             Launch("map gradients", tiles, "maps per pixel", "2 maps per pixel", 0),
-            Launch("backward pool", sweep, "x", "vectors per channel", 1, 0, wide),
+            Launch("backward pool", sweep, "x", "4 values per channel", 1, 0, wide),
+            Launch("hidden gradients", mlp, "values per channel", "3 values per unit", 0),
+            Launch("channel gradients", mlp, "values per unit", "3 values per channel", 0),
             Launch("input gradient", sweep, "dy", "dx", 1, 1, wide),
-            Launch("parameters", None, "vectors per channel", "their gradients", 0),
+            Launch("parameters", None, "values per channel and unit", "their gradients", 0),
         )
 
     @property
@@ -192,6 +199,8 @@ class LaunchPlan:
         return (
             f"  a block of a sweep takes {self.row_span} {rows} x {self.column_span} {columns}, "
             f"a sample is {self.row_spans} x {self.column_spans} of them\n"
+            f"  a block of the MLP takes {count(self.mlp_span, 'channel')}, a sample is "
+            f"{self.mlp_blocks} of them\n"
             f"  the convolution takes tiles of {self.tile_rows} x {self.tile_columns} pixels, "
             f"{self.tiles} of a sample, {place}"
         )
@@ -246,7 +255,7 @@ def launch_plan(
     answer = torch.ops.cbam._launch_plan(
         torch.tensor([int(value) for value in (*question, *device)], device="cpu")
     ).tolist()
-    answer[13] = bool(answer[13])  # staged
+    answer[15] = bool(answer[15])  # staged
     return LaunchPlan((n, c, h, w), dtype, last, kernel_size, backward, gpu, *answer)
 
 

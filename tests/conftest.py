@@ -29,7 +29,7 @@ pytest.register_assert_rewrite("support")  # before it is imported
 import cbam_ext  # noqa: E402
 
 from support import instruction_sets  # noqa: E402
-from support.backends import SEED, Backend, backends  # noqa: E402
+from support.backends import SEED, Backend, backends, gpu_is_lost  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +68,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
     _mark_slow([item for item in items if item.get_closest_marker("one_quick")])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Ends a process whose GPU is lost to it, in which every later test would fail.
+
+    A worker of pytest-xdist is replaced by a new one, which goes on behind this test.
+    """
+    if gpu_is_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process after {item.nodeid}", 1)
 
 
 def _mark_slow(items: list[pytest.Item]) -> None:

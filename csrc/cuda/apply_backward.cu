@@ -8,7 +8,7 @@
 // The first is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
 #include "call.cuh"
-#include "channel_stats.cuh"
+#include "spans.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -29,10 +29,12 @@ struct PhaseGrads {
 
 template <class A>
 __device__ A add_partials(const A* partials, int64_t index, int64_t size, int64_t spans) {
-  const int64_t sample = index / size, first = sample * spans * size + (index - sample * size);
-  return join_spans<Sum<A>>(
-             spans, [&](int span) -> Sum<A> { return {load(partials + first + span * size)}; })
-      .value;
+  const int64_t sample = index / size, element = index - sample * size;
+  const A* const from = partials + sample * spans * size + element;
+  Sum<A> sum = Sum<A>::none();
+  add_terms<8>(
+      int64_t{0}, int64_t{1}, spans, [&](int64_t i) { return Sum<A>{load(from + i * size)}; }, sum);
+  return sum.value;
 }
 
 template <class S>

@@ -1,34 +1,37 @@
-// Backward, in four launches for each chunk of samples and one for the batch:
+// Backward, in six launches for each chunk of samples and one for the batch:
 //
-//   1  gate gradients   reads x, g       sum_c g u, and mean, maximum and argmax of u of each
+//   1  gate gradients     reads x, g     sum_c g u, and mean, maximum and argmax of u of each
 //                                        pixel (forward kept none of them); sum_p g sa x of each
 //                                        channel
-//   2  map gradients    small maps       dl, the transposed convolution ds, and the weights of the
+//   2  map gradients      small maps     dl, the transposed convolution ds, and the weights of the
 //                                        convolution
-//   3  backward pool    reads x          average, maximum and argmax of each channel, and
-//                                        sum_p x (gradient of s); the last block of a sample runs
-//                                        the MLP forward and backward
-//   4  input gradient   reads g, writes  dx
-//   5  parameters       small vectors    sums over the batch
+//   3  backward pool      reads x        sum, maximum and argmax of each channel, and
+//                                        sum_p x (gradient of s), in spans of pixels
+//   4  hidden gradients   small maps     these added up; the MLP forward once more, and backward
+//                                        through W2
+//   5  channel gradients  small maps     and through W1: the gradients of average and maximum
+//   6  input gradient     reads g,       dx
+//                         writes dx
+//   7  parameters         small vectors  sums over the batch
 //
 // A chunk of x and g stays in the L2 cache, so that two reads and the write reach memory. Launches
-// 1, 3 and 4 are sweeps (sweep.cuh, bodies.cuh) with a block for each span of rows and columns;
-// launch 2 has a block for each tile (map_grads.cuh). Grids: plan.cpp.
+// 1, 3 and 6 are sweeps (sweep.cuh, bodies.cuh) with a block for each span of rows and columns;
+// launch 2 has a block for each tile (map_grads.cuh), 4 and 5 one for each span of channels
+// (mlp.cuh). Blocks of one launch never wait for each other. Grids: plan.cpp.
 //
 // Where a norm stands between the phases of forward, the gradient of the second phase is an
 // operator of its own (apply_backward.cu), and launch 1 then reads x alone.
 //
 // Where PyTorch runs the layers, two operators do what is around them. Both begin like launch 1
 // that reads x alone, with a small launch behind it that makes of given gradients what launch 2
-// makes of its own (channel_stats.cuh), and launch 3 without the MLP:
+// makes of its own (channel_stats.cuh), and launches 3 and 4 without the MLP:
 //
 //   ChannelStatsBackwardArgs   reads x twice               ends there, with the gradient of ca
-//   PoolBackwardArgs           reads x twice, g; writes dx goes on with launch 4
-
-#include <numeric>
+//   PoolBackwardArgs           reads x twice, g; writes dx goes on with launch 6
 
 #include "call.cuh"
 #include "map_grads.cuh"
+#include "mlp.cuh"
 #include "parameter_grads.cuh"
 
 namespace cbam::cuda {
@@ -40,8 +43,7 @@ namespace {
 template <class A>
 struct SweepMemory {
   SweepMemory(Arena& arena, const Problem& p, const Plan& plan)
-      : counters(arena.take<unsigned>(p.n)),
-        sums(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
+      : sums(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         maxima(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         argmaxima(arena.take<int>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         pixel_grads(arena.take<PixelGrad<A>>(plan.chunk * p.pixels())),
@@ -50,8 +52,7 @@ struct SweepMemory {
         pool_argmaxima(arena.take<int>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         pool_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         channel_grads(arena.take<ChannelGrad<A>>(plan.chunk * p.c)) {}
-  unsigned* counters;  // [N]
-  A* sums;             // [chunk, channel spans, P], as the next two
+  A* sums;  // [chunk, channel spans, P], as the next two
   A* maxima;
   int* argmaxima;
   PixelGrad<A>* pixel_grads;  // [chunk, P]
@@ -70,6 +71,7 @@ struct BackwardMemory {
         hidden_units(arena.take<A>(p.n * 2 * p.hidden)),
         dz(arena.take<A>(p.n * p.c)),
         dunits(arena.take<A>(p.n * 2 * p.hidden)),
+        hidden_parts(arena.take<A>(plan.chunk * plan.mlp.blocks * 3 * p.hidden)),
         conv_grads(arena.take<A>(p.n * plan.tiling.tiles * (2 * p.kernel * p.kernel + 1))),
         gate_grads(arena.take<A>(plan.chunk * plan.sweep.channel_spans * p.pixels())),
         gate_dots(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)) {}
@@ -78,6 +80,7 @@ struct BackwardMemory {
   A* hidden_units;  // [N, 2, R]
   A* dz;            // [N, C]
   A* dunits;        // [N, 2, R]
+  A* hidden_parts;  // [chunk, blocks of the MLP, 3, R]
   A* conv_grads;    // [N, tiles, 2 k k + 1]
   A* gate_grads;    // [chunk, channel spans, P]
   A* gate_dots;     // [chunk, pixel spans, C]
@@ -125,19 +128,24 @@ class Sweeps {
     chunk_.launcher.launch_each(pixel_grads_kernel<A>, chunk_.samples * p.pixels(), grads);
   }
 
-  // `mlp` with what it needs beside shapes and the memory of the sweeps.
-  void launch_pool(MlpBackward<S> mlp) const {
-    const Problem& p = chunk_.problem;
-    mlp.channels = p.c;
-    mlp.hidden = p.hidden;
-    mlp.inverse_pixels = A{1} / static_cast<A>(p.pixels());
-    mlp.spans = chunk_.plan.sweep.pixel_spans;
-    mlp.span_pixels = chunk_.plan.sweep.span_pixels;
-    mlp.channel_gate = ca_;
-    mlp.channel_grads = memory_.channel_grads;
+  void launch_pool() const {
     chunk_.sweep(BackwardPool<S>{chunk_.shape(x_), memory_.pixel_grads, memory_.pool_sums,
-                                 memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots,
-                                 memory_.counters + chunk_.first, mlp});
+                                 memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots});
+  }
+
+  // Launch 4. `grads` with what it needs beside shapes and the memory of the sweeps.
+  void launch_hidden_grads(HiddenGrads<S> grads) const {
+    const Plan& plan = chunk_.plan;
+    grads.shape = mlp_shape<S>(chunk_.problem, plan);
+    grads.span_pixels = plan.sweep.span_pixels;
+    grads.sums = memory_.pool_sums;
+    grads.maxima = memory_.pool_maxima;
+    grads.argmaxima = memory_.pool_argmaxima;
+    grads.dots = memory_.pool_dots;
+    grads.channel_gate = ca_;
+    grads.channel_grads = memory_.channel_grads;
+    chunk_.launcher.launch(hidden_grads_kernel<S>, chunk_.samples * plan.mlp.blocks,
+                           sizeof(typename HiddenGrads<S>::Shared), grads);
   }
 
   void launch_input_grad(const S* g, S* dx) const {
@@ -184,28 +192,37 @@ void launch_map_grads(const Chunk<S, layout, W>& chunk, const BackwardArgs& args
                         grads);
 }
 
-// Launch 3's MLP.
+// Launches 4 and 5.
 template <class S, Layout layout, int W>
-MlpBackward<S> mlp_backward(const Chunk<S, layout, W>& chunk, const BackwardArgs& args,
-                            const BackwardMemory<Acc<S>>& memory) {
+void launch_mlp(const Chunk<S, layout, W>& chunk, const Sweeps<S, layout, W>& sweeps,
+                const BackwardArgs& args, const BackwardMemory<Acc<S>>& memory) {
   const Problem& p = chunk.problem;
-  MlpBackward<S> mlp{};
-  mlp.fc1_weight = args.parameters.fc1_weight;
-  mlp.fc1_bias = args.parameters.fc1_bias;
-  mlp.fc2_weight = args.parameters.fc2_weight;
-  mlp.fc2_bias = args.parameters.fc2_bias;
-  mlp.pooled = chunk.part(memory.pooled, 2 * p.c);
-  mlp.hidden_units = chunk.part(memory.hidden_units, 2 * p.hidden);
+  const Plan& plan = chunk.plan;
+  HiddenGrads<S> hidden{};
   if (args.grad_channel_gate != nullptr) {
-    mlp.gate_grads = chunk.values(args.grad_channel_gate, p.c);
-    mlp.gate_spans = 1;
+    hidden.gate_grads = chunk.values(args.grad_channel_gate, p.c);
+    hidden.gate_spans = 1;
   } else {
-    mlp.gate_grads = memory.gate_dots;
-    mlp.gate_spans = chunk.plan.sweep.pixel_spans;
+    hidden.gate_grads = memory.gate_dots;
+    hidden.gate_spans = static_cast<int>(plan.sweep.pixel_spans);
   }
-  mlp.dz = chunk.part(memory.dz, p.c);
-  mlp.dunits = chunk.part(memory.dunits, 2 * p.hidden);
-  return mlp;
+  hidden.fc1 = matrix_of(args.parameters.fc1_weight, plan.mlp.span);
+  hidden.fc2 = matrix_of(args.parameters.fc2_weight, kMlpPiece);
+  hidden.pooled = chunk.part(memory.pooled, 2 * p.c);
+  hidden.dz = chunk.part(memory.dz, p.c);
+  hidden.parts = memory.hidden_parts;
+  sweeps.launch_hidden_grads(hidden);
+
+  ChannelGrads<S> grads{};
+  grads.shape = mlp_shape<S>(p, plan);
+  grads.parts = memory.hidden_parts;
+  grads.fc1_bias = args.parameters.fc1_bias;
+  grads.fc1 = hidden.fc1;
+  grads.hidden_units = chunk.part(memory.hidden_units, 2 * p.hidden);
+  grads.dunits = chunk.part(memory.dunits, 2 * p.hidden);
+  grads.channel_grads = memory.sweeps.channel_grads;
+  chunk.launcher.launch(channel_grads_kernel<S>, chunk.samples * plan.mlp.blocks,
+                        sizeof(typename ChannelGrads<S>::Shared), grads);
 }
 
 template <class S>
@@ -216,26 +233,28 @@ void launch_parameter_grads(Launcher& launcher, const BackwardArgs& args, const 
   grads.samples = p.n;
   grads.channels = p.c;
   grads.hidden = p.hidden;
-  grads.kernel = p.kernel;
-  grads.taps = 2 * p.kernel * p.kernel;
-  grads.tiles = plan.tiling.tiles;
+  grads.kernel = static_cast<int>(p.kernel);
+  grads.taps = 2 * grads.kernel * grads.kernel;
+  grads.tiles = p.n * plan.tiling.tiles;
+  grads.mlp_width = parameter_width(p.n);
+  grads.conv_width = parameter_width(grads.tiles);
   grads.pooled = memory.pooled;
   grads.hidden_units = memory.hidden_units;
   grads.dz = memory.dz;
   grads.dunits = memory.dunits;
   grads.conv_grads = memory.conv_grads;
   grads.grads = args.grads;
-  const auto side_by_side = [](const ParameterView& view, int64_t elements, int64_t width) {
-    return view.data == nullptr ? 0 : divide_up(elements, width);
-  };
-  const int64_t needed[kKinds] = {side_by_side(args.grads.fc1_weight, p.c * p.hidden, kWarp),
-                                  side_by_side(args.grads.fc2_weight, p.c * p.hidden, kWarp),
-                                  side_by_side(args.grads.fc1_bias, p.hidden, kWarp),
-                                  side_by_side(args.grads.fc2_bias, p.c, kWarp),
-                                  side_by_side(args.grads.conv_weight, grads.taps, 1),
-                                  side_by_side(args.grads.conv_bias, 1, 1)};
-  std::copy_n(needed, kKinds, grads.blocks);
-  const int64_t blocks = std::accumulate(needed, needed + kKinds, int64_t{0});
+  const bool wanted[kKinds] = {
+      args.grads.fc1_weight.data != nullptr, args.grads.fc2_weight.data != nullptr,
+      args.grads.fc1_bias.data != nullptr, args.grads.fc2_bias.data != nullptr,
+      args.grads.conv_weight.data != nullptr || args.grads.conv_bias.data != nullptr};
+  int64_t blocks = 0;
+  for (int i = 0; i < kKinds; ++i) {
+    const Kind kind = static_cast<Kind>(i);
+    const int width = kind == Kind::kConv ? grads.conv_width : grads.mlp_width;
+    grads.blocks[i] = wanted[i] ? divide_up(grads.elements(kind), width) : 0;
+    blocks += grads.blocks[i];
+  }
   if (blocks == 0) return;
   launcher.launch(parameter_grads_kernel<S>, blocks,
                   kThreads * static_cast<int64_t>(sizeof(Acc<S>)), grads);
@@ -247,7 +266,6 @@ template <class S, Layout layout, int W>
 void backward(const BackwardArgs& args, const Call<S, layout, W, BackwardMemory>& call) {
   const int64_t pixels = call.problem.pixels();
   const auto& memory = call.memory;
-  call.launcher.clear(memory.sweeps.counters, call.problem.n);
   const bool sweeps_again = args.mlp_grads || args.grad_input != nullptr;
   call.each_chunk([&](const auto& chunk) {
     const Sweeps sweeps(chunk, memory.sweeps, args.input, args.channel_gate);
@@ -259,7 +277,10 @@ void backward(const BackwardArgs& args, const Call<S, layout, W, BackwardMemory>
       sweeps.launch_stats();
     }
     launch_map_grads(chunk, args, memory, sweeps_again);
-    if (sweeps_again) sweeps.launch_pool(mlp_backward(chunk, args, memory));
+    if (sweeps_again) {
+      sweeps.launch_pool();
+      launch_mlp(chunk, sweeps, args, memory);
+    }
     if (args.grad_input != nullptr) sweeps.launch_input_grad(g, chunk.features(args.grad_input));
   });
   launch_parameter_grads<S>(call.launcher, args, call.plan, memory);
@@ -269,29 +290,29 @@ template <class S, Layout layout, int W>
 void channel_stats_backward(const ChannelStatsBackwardArgs& args,
                             const Call<S, layout, W, SweepMemory>& call) {
   const Problem& p = call.problem;
-  call.launcher.clear(call.memory.counters, p.n);
   call.each_chunk([&](const auto& chunk) {
     const Sweeps sweeps(chunk, call.memory, args.input, args.channel_gate);
     sweeps.launch_stats();
     sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()), nullptr);
-    MlpBackward<S> sums{};
+    sweeps.launch_pool();
+    HiddenGrads<S> sums{};
     sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
-    sweeps.launch_pool(sums);
+    sweeps.launch_hidden_grads(sums);
   });
 }
 
 template <class S, Layout layout, int W>
 void pool_backward(const PoolBackwardArgs& args, const Call<S, layout, W, SweepMemory>& call) {
   const Problem& p = call.problem;
-  call.launcher.clear(call.memory.counters, p.n);
   call.each_chunk([&](const auto& chunk) {
     const Sweeps sweeps(chunk, call.memory, args.input, args.channel_gate);
     sweeps.launch_stats();
     sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()),
                               chunk.values(args.spatial_gate, p.pixels()));
-    MlpBackward<S> given{};
+    sweeps.launch_pool();
+    HiddenGrads<S> given{};
     given.grad_pooled = chunk.values(args.grad_pooled, 2 * p.c);
-    sweeps.launch_pool(given);
+    sweeps.launch_hidden_grads(given);
     sweeps.launch_input_grad(chunk.features(args.grad_output), chunk.features(args.grad_input));
   });
 }

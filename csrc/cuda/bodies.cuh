@@ -12,23 +12,10 @@
 // per channel [chunk, pixel spans, C], of accumulators.
 #pragma once
 
-#include "mlp.cuh"
+#include "grads.cuh"
 #include "sweep.cuh"
 
 namespace cbam::cuda {
-
-// A maximum without its place, with the interface of Argmax.
-template <class A>
-struct Maximum {
-  A value;
-
-  static __device__ Maximum from(int) { return {lowest<A>()}; }
-  __device__ void retire() {}
-  __device__ void move_index(int) {}
-  __device__ void take(A next, int) { value = maximum(next, value); }
-  __device__ void combine(const Maximum& other) { value = maximum(value, other.value); }
-  __device__ Maximum shuffle(int offset) const { return {shuffle_xor(value, offset)}; }
-};
 
 // What all bodies have; each hides what it has of its own.
 template <class S>
@@ -40,11 +27,14 @@ struct Body {
   using PixelFactor = Nothing;
   using ChannelFactor = Nothing;
   static constexpr int kInputs = 1;
-  static constexpr int kRows = sizeof(S) == 4 ? 4 : 2;  // as many as registers are left for
+  // As many as registers are left for.
+  template <Layout>
+  static constexpr int kRowsDown = sizeof(S) == 4 ? 4 : 2;
+  static constexpr int kRowsAlong = 2, kPieces = 2;
+  static constexpr bool kEarly = true;
+  static constexpr bool kReversed = false;
   static constexpr Use kUse = Use::kAgain;
   static constexpr bool kWrites = false;
-  static constexpr bool kFinishes = false;
-  using Scratch = Nothing;
 
   int64_t channels, pixels;
   int64_t pixel_spans, channel_spans;
@@ -87,69 +77,38 @@ __device__ void load_gates(const A* from, A (&to)[W]) {
 template <class S>
 struct Pool : Body<S> {
   using A = Acc<S>;
-  struct Channel {
-    A sum;
-    Maximum<A> maximum;
-    __device__ void retire() { maximum.retire(); }
-    __device__ void move_index(int by) { maximum.move_index(by); }
-    __device__ void combine(const Channel& other) {
-      sum += other.sum;
-      maximum.combine(other.maximum);
-    }
-    __device__ Channel shuffle(int offset) const {
-      return {shuffle_xor(sum, offset), maximum.shuffle(offset)};
-    }
-  };
-  static constexpr bool kFinishes = true;
-  using Scratch = Pooled<A>;  // of finish(), for each thread
+  using Channel = Totals<A, 1, Maximum<A>>;
 
   A* sums;
   A* maxima;
-  unsigned* counters;  // [chunk]
-  MlpForward<S> mlp;
 
-  __device__ Channel start_channel(int first) const { return {0, Maximum<A>::from(first)}; }
+  __device__ Channel start_channel(int first) const { return Channel::from(first); }
   __device__ A visit(A x, A, int pixel, int, const Nothing&, const Nothing&, Nothing&,
                      Channel& of_channel) const {
-    of_channel.sum += x;
-    of_channel.maximum.take(x, pixel);
+    of_channel.sums[0] += x;
+    of_channel.take(x, pixel);
     return x;
   }
   __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
     const int64_t to = this->partial_channel_at(at, channel);
-    store(sums + to, total.sum);
-    store(maxima + to, total.maximum.value);
-  }
-  __device__ void finish(const Place& at) const {
-    mlp.run(at.sample, sums, maxima, shared_memory<Scratch>());
+    store(sums + to, total.sums[0]);
+    store(maxima + to, total.value);
   }
 };
 
 template <class S, bool kArgmax>
 struct ChannelStats : Body<S> {
   using A = Acc<S>;
-  using Extreme = std::conditional_t<kArgmax, Argmax<A>, Maximum<A>>;
-  struct Pixel {
-    A sum;
-    Extreme maximum;
-    __device__ void retire() { maximum.retire(); }
-    __device__ void move_index(int by) { maximum.move_index(by); }
-    __device__ void combine(const Pixel& other) {
-      sum += other.sum;
-      maximum.combine(other.maximum);
-    }
-    __device__ Pixel shuffle(int offset) const {
-      return {shuffle_xor(sum, offset), maximum.shuffle(offset)};
-    }
-  };
+  using Pixel = Totals<A, 1, std::conditional_t<kArgmax, Argmax<A>, Maximum<A>>>;
   using ChannelFactor = A;  // ca
+  static constexpr bool kReversed = !kArgmax;
 
   const A* ca;  // [chunk, C]
   A* sums;
   A* maxima;
   int* argmaxima;  // channels, where kArgmax
 
-  __device__ Pixel start_pixel(int first) const { return {0, Extreme::from(first)}; }
+  __device__ Pixel start_pixel(int first) const { return Pixel::from(first); }
   template <int W>
   __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {
     load_values<W>(ca + this->channel_at(at, channel), to);
@@ -157,17 +116,15 @@ struct ChannelStats : Body<S> {
   __device__ A visit(A x, A, int, int channel, const Nothing&, const A& gate, Pixel& of_pixel,
                      Nothing&) const {
     const A u = gate * x;
-    of_pixel.sum += u;
-    of_pixel.maximum.take(u, channel);
+    of_pixel.sums[0] += u;
+    of_pixel.take(u, channel);
     return x;
   }
   __device__ void store_pixel(const Place& at, int pixel, const Pixel& total) const {
     const int64_t to = this->partial_pixel_at(at, pixel);
-    store(sums + to, total.sum);
-    store(maxima + to, total.maximum.value);
-    if constexpr (kArgmax) {
-      store(argmaxima + to, total.maximum.index);
-    }
+    store(sums + to, total.sums[0]);
+    store(maxima + to, total.value);
+    if constexpr (kArgmax) store(argmaxima + to, total.index);
   }
 };
 
@@ -202,31 +159,15 @@ struct Apply : Body<S> {
 template <class S, bool kStats>
 struct GateGrads : Body<S> {
   using A = Acc<S>;
-  using Stats = typename ChannelStats<S, true>::Pixel;
-  struct Pixel {
-    A grad;
-    std::conditional_t<kStats, Stats, Nothing> stats;
-    __device__ void retire() { stats.retire(); }
-    __device__ void move_index(int by) { stats.move_index(by); }
-    __device__ void combine(const Pixel& other) {
-      grad += other.grad;
-      stats.combine(other.stats);
-    }
-    __device__ Pixel shuffle(int offset) const {
-      return {shuffle_xor(grad, offset), stats.shuffle(offset)};
-    }
-  };
-  struct Channel {
-    A dot;
-    __device__ void retire() {}
-    __device__ void move_index(int) {}
-    __device__ void combine(const Channel& other) { dot += other.dot; }
-    __device__ Channel shuffle(int offset) const { return {shuffle_xor(dot, offset)}; }
-  };
+  // Sums of g u and, with statistics, of u.
+  using Pixel = std::conditional_t<kStats, Totals<A, 2, Argmax<A>>, Totals<A, 1, Nothing>>;
+  using Channel = Totals<A, 1, Nothing>;
   using PixelFactor = A;    // sa
   using ChannelFactor = A;  // ca
   static constexpr int kInputs = 2;
-  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+  template <Layout layout>
+  static constexpr int kRowsDown = sizeof(S) == 4 || layout == Layout::kNHWC ? 2 : 1;
+  static constexpr bool kEarly = false;
 
   const A* ca;    // [chunk, C]
   const A* sa;    // [chunk, P] the gate; its logits without kStats
@@ -236,14 +177,8 @@ struct GateGrads : Body<S> {
   int* argmaxima;
   A* dots;  // sum_p g sa x
 
-  __device__ Pixel start_pixel(int first) const {
-    if constexpr (kStats) {
-      return {0, {0, Argmax<A>::from(first)}};
-    } else {
-      return {0, {}};
-    }
-  }
-  __device__ Channel start_channel(int) const { return {0}; }
+  __device__ Pixel start_pixel(int first) const { return Pixel::from(first); }
+  __device__ Channel start_channel(int first) const { return Channel::from(first); }
   template <int W>
   __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
     load_gates<!kStats>(sa + this->pixel_at(at, pixel), to);
@@ -255,82 +190,77 @@ struct GateGrads : Body<S> {
   __device__ A visit(A x, A g, int, int channel, const A& spatial, const A& gate, Pixel& of_pixel,
                      Channel& of_channel) const {
     const A product = g * x;
-    of_pixel.grad += gate * product;
-    of_channel.dot += spatial * product;
+    of_pixel.sums[0] += gate * product;
+    of_channel.sums[0] += spatial * product;
     if constexpr (kStats) {
       const A u = gate * x;
-      of_pixel.stats.sum += u;
-      of_pixel.stats.maximum.take(u, channel);
+      of_pixel.sums[1] += u;
+      of_pixel.take(u, channel);
     }
     return x;
   }
   __device__ void store_pixel(const Place& at, int pixel, const Pixel& total) const {
     const int64_t to = this->partial_pixel_at(at, pixel);
-    store(gate_grads + to, total.grad);
+    store(gate_grads + to, total.sums[0]);
     if constexpr (kStats) {
-      store(sums + to, total.stats.sum);
-      store(maxima + to, total.stats.maximum.value);
-      store(argmaxima + to, total.stats.maximum.index);
+      store(sums + to, total.sums[1]);
+      store(maxima + to, total.value);
+      store(argmaxima + to, total.index);
     }
   }
   __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
-    store(dots + this->partial_channel_at(at, channel), total.dot);
+    store(dots + this->partial_channel_at(at, channel), total.sums[0]);
   }
 };
 
 template <class S>
 struct BackwardPool : Body<S> {
   using A = Acc<S>;
-  struct Channel {
-    A sum;
-    Argmax<A> maximum;
-    A dot;
-    __device__ void retire() { maximum.retire(); }
-    __device__ void move_index(int by) { maximum.move_index(by); }
-    __device__ void combine(const Channel& other) {
-      sum += other.sum;
-      maximum.combine(other.maximum);
-      dot += other.dot;
+  using Channel = Totals<A, 2, Argmax<A>>;
+  // Of a PixelGrad what this needs.
+  struct PixelFactor {
+    A through_mean, through_both;
+    int argmax;
+    __device__ A grad_at(int channel) const {
+      return argmax == channel ? through_both : through_mean;
     }
-    __device__ Channel shuffle(int offset) const {
-      return {shuffle_xor(sum, offset), maximum.shuffle(offset), shuffle_xor(dot, offset)};
-    }
+    __device__ void move_index(int by) { argmax += by; }
   };
-  using PixelFactor = PixelGrad<A>;
-  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+  template <Layout>
+  static constexpr int kRowsDown = sizeof(S) == 4 ? 2 : 1;
+  static constexpr bool kEarly = false;
+  static constexpr bool kReversed = true;
   static constexpr Use kUse = Use::kLast;
-  static constexpr bool kFinishes = true;
-  using Scratch = PooledGrads<A>;  // of finish(), for each thread
 
   const PixelGrad<A>* pixel_grads;  // [chunk, P]
   A* sums;
   A* maxima;
-  int* argmaxima;      // pixels, counted from the first of their span
-  A* dots;             // sum_p x (ds0 + [c is the argmax at p] ds1)
-  unsigned* counters;  // [chunk]
-  MlpBackward<S> mlp;
+  int* argmaxima;  // pixels, counted from the first of their span
+  A* dots;         // sum_p x (ds0 + [c is the argmax at p] ds1)
 
-  __device__ Channel start_channel(int first) const { return {0, Argmax<A>::from(first), 0}; }
+  __device__ Channel start_channel(int first) const { return Channel::from(first); }
   template <int W>
   __device__ void pixel_factors(const Place& at, int pixel, PixelFactor (&to)[W]) const {
-    load_structs(pixel_grads + this->pixel_at(at, pixel), to);
+    const PixelGrad<A>* const from = pixel_grads + this->pixel_at(at, pixel);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const PixelGrad<A> grad = load_struct(from + i);
+      to[i] = {grad.through_mean, grad.through_both, grad.argmax};
+    }
   }
   __device__ A visit(A x, A, int pixel, int channel, const PixelFactor& factor, const Nothing&,
                      Nothing&, Channel& of_channel) const {
-    of_channel.sum += x;
-    of_channel.maximum.take(x, pixel);
-    of_channel.dot += x * factor.grad_at(channel);
+    of_channel.sums[0] += x;
+    of_channel.sums[1] += x * factor.grad_at(channel);
+    of_channel.take(x, pixel);
     return x;
   }
   __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
     const int64_t to = this->partial_channel_at(at, channel);
-    store(sums + to, total.sum);
-    store(maxima + to, total.maximum.value);
-    store(argmaxima + to, total.maximum.index);
-    store(dots + to, total.dot);
-  }
-  __device__ void finish(const Place& at) const {
-    mlp.run(at.sample, sums, maxima, argmaxima, dots, shared_memory<Scratch>());
+    store(sums + to, total.sums[0]);
+    store(maxima + to, total.value);
+    store(argmaxima + to, total.index);
+    store(dots + to, total.sums[1]);
   }
 };
 
@@ -344,9 +274,11 @@ struct InputGrad : Body<S> {
     int argmax;  // pixel counted from the block's first; negative where it is in another block
     __device__ void move_index(int by) { argmax += by; }
   };
+  static constexpr bool kReversed = true;
   static constexpr Use kUse = Use::kLast;
   static constexpr bool kWrites = true;
-  static constexpr int kRows = sizeof(S) == 4 ? 2 : 1;
+  template <Layout>
+  static constexpr int kRowsDown = sizeof(S) == 4 ? 2 : 1;
 
   S* output;                            // dx
   const A* ca;                          // [chunk, C]

@@ -35,11 +35,6 @@ inline __device__ Tile tile_of(const Tiling& tiling, int64_t height, int64_t wid
           static_cast<int>(smaller<int64_t>(tiling.columns, width - first_column))};
 }
 
-// index / divisor, with the plan's reciprocal of the divisor.
-inline __device__ int divide(int index, uint32_t reciprocal) {
-  return static_cast<int>((uint64_t{static_cast<uint32_t>(index)} * reciprocal) >> kReciprocalBits);
-}
-
 // Calls f(k as a tag): a constant for the sizes that people use, for which loops are unrolled, else
 // zero.
 template <class F>
@@ -84,7 +79,7 @@ __device__ void stage_window(const Args& args, const Tile& tile, const Window& w
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
         const int index = first + i * kThreads;
-        const int row = divide(index, args.tiling.window_reciprocal);
+        const int row = quotient(index, args.tiling.by_window_columns);
         const int64_t y = top + row, x = left + (index - row * window.stride);
         in_map[i] = index < window.size && y >= 0 && y < args.height && x >= 0 && x < args.width;
         pixels[i] = in_map[i] ? y * args.width + x : tile.pixel(args.width, 0, 0);
@@ -147,7 +142,7 @@ __device__ void each_run(const Tiling& tiling, F&& f) {
   for (int base = 0; base < units; base += kThreads) {
     const int unit = base + static_cast<int>(threadIdx.x);
     const int index = smaller(unit >> bits, runs - 1);
-    const int row = divide(index, tiling.run_reciprocal);
+    const int row = quotient(index, tiling.by_columns);
     f(Run{row * kRun, index - row * tiling.columns, unit & ((1 << bits) - 1), unit < units});
   }
 }
@@ -156,8 +151,8 @@ __device__ void each_run(const Tiling& tiling, F&& f) {
 // from the first, negative where that is another thread's to keep.
 inline __device__ int owned_pixel(const Tiling& tiling, const Tile& tile, const Run& run) {
   const int bits = tiling.part_bits - kRunBits, i = run.part >> bits;
-  const bool owns = run.present && i << bits == run.part && run.row + i < tile.rows &&
-                    run.column < tile.columns;
+  const bool owns =
+      run.present && i << bits == run.part && run.row + i < tile.rows && run.column < tile.columns;
   return owns ? i : -1;
 }
 
@@ -195,7 +190,7 @@ __device__ void correlate(int kernel, const A* weights, const A* values, int str
 
 // The total of the run's pixel that this thread owns, from what the threads of a run have.
 template <class A>
-__device__ A meet(const A (&sums)[kRun], int parts) {
+__device__ A sum_run(const A (&sums)[kRun], int parts) {
   Sum<A> rows[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) rows[i].value = sums[i];
@@ -247,7 +242,7 @@ __device__ A weight_grads(const Tiling& tiling, const Tile& tile, const Window& 
   const int runs = (tile.rows + kRun - 1) / kRun * tiling.columns;
 #pragma unroll 1
   for (int index = lane; index < runs; index += kWarp) {
-    const int run = divide(index, tiling.run_reciprocal);
+    const int run = quotient(index, tiling.by_columns);
     const int row = run * kRun, column = index - run * tiling.columns;
     if (column >= tile.columns) continue;
     const A* const values = stats + window.at(row + first_dy, column + dx);

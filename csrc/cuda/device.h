@@ -8,7 +8,7 @@ namespace cbam::cuda {
 struct Device {
   int multiprocessors = 1;
   int64_t l2_bytes = 0;
-  bool dependent_launch = false;     // programmatic dependent launch may be used
+  bool dependent_launch = false;  // programmatic dependent launch may be used
 };
 
 // Properties of a device, which must be the current one; asked once and kept. Throws

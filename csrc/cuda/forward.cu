@@ -1,21 +1,25 @@
-// Forward: y = sigmoid(conv(stats of u)) u, u = ca x, in three launches for each chunk of samples.
+// Forward: y = sigmoid(conv(stats of u)) u, u = ca x, in six launches for each chunk of samples.
 //
-//   1  pool               reads x           average and maximum of each channel; the last block of
-//                                           a sample runs the MLP: the channel gate ca
-//   2  channel statistics reads x           mean and maximum of u for each pixel
-//   3  gate               reads x, writes y the convolution of those maps on a tile of pixels, the
-//                                           spatial gate sa, and y = sa u
+//   1  pool               reads x           sum and maximum of each channel, in spans of pixels
+//   2  hidden units       small maps        their average and maximum, and W1 times these
+//   3  channel gate       small maps        the rest of the MLP: the channel gate ca
+//   4  channel statistics reads x           sum and maximum of u for each pixel, in spans of
+//   channels 5  spatial gate       small maps        the convolution of their mean and maximum: the
+//   gate sa 6  output             reads x, writes y y = sa u
 //
-// A chunk stays in the L2 cache, so that only the first read and the write reach memory. The first
-// two launches are sweeps (sweep.cuh, bodies.cuh) with a block for each span of rows and columns;
-// the third has a block for each tile and span of channels. Grids: plan.cpp.
+// A launch either streams x, or is small and soon over. A chunk stays in the L2 cache, so that only
+// the first read and the write reach memory. Launches 1, 4 and 6 are sweeps (sweep.cuh, bodies.cuh)
+// with a block for each span of rows and columns; 2 and 3 have a block for each span of channels
+// (mlp.cuh), 5 one for each tile of pixels (spatial_gate.cuh). Blocks of one launch never wait for
+// each other. Grids: plan.cpp.
 //
-// Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launch 1 without
-// the MLP. ChannelStatsArgs: launch 2, and a small one that adds up the spans of channels
-// (channel_stats.cuh). ApplyArgs: launch 3 without the convolution.
+// Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launches 1 and
+// 2, without the weights. ChannelStatsArgs: launch 4, and a small one that adds up the spans of
+// channels (channel_stats.cuh). ApplyArgs: launch 6, with logits in the place of gates.
 
 #include "call.cuh"
 #include "channel_stats.cuh"
+#include "mlp.cuh"
 #include "spatial_gate.cuh"
 
 namespace cbam::cuda {
@@ -26,12 +30,10 @@ namespace {
 template <class A>
 struct PoolMemory {
   PoolMemory(Arena& arena, const Problem& p, const Plan& plan)
-      : counters(arena.take<unsigned>(p.n)),
-        sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
+      : sums(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)),
         maxima(arena.take<A>(plan.chunk * plan.sweep.pixel_spans * p.c)) {}
-  unsigned* counters;  // [N]
-  A* sums;             // [chunk, pixel spans, C]
-  A* maxima;           // [chunk, pixel spans, C]
+  A* sums;    // [chunk, pixel spans, C]
+  A* maxima;  // [chunk, pixel spans, C]
 };
 
 template <class A>
@@ -49,40 +51,57 @@ struct ForwardMemory {
       : pool(arena, p, plan),
         stats(arena, p, plan),
         ca(arena.take<A>(plan.chunk * p.c)),
-        pooled(arena.take<A>(plan.chunk * 2 * p.c)),
-        hidden_units(arena.take<A>(plan.chunk * 2 * p.hidden)),
+        hidden_parts(arena.take<A>(plan.chunk * plan.mlp.blocks * 2 * p.hidden)),
         sa(arena.take<A>(plan.chunk * p.pixels())) {}
   PoolMemory<A> pool;
   StatsMemory<A> stats;
   A* ca;            // [chunk, C] where the caller does not want it
-  A* pooled;        // [chunk, 2, C]
-  A* hidden_units;  // [chunk, 2, R]
+  A* hidden_parts;  // [chunk, blocks of the MLP, 2, R]
   A* sa;            // [chunk, P] where the caller does not want it
 };
 
 // ---------------------------------------------------------------------------------- launches
 
-// Launch 1. `mlp` with what it needs beside shapes.
+// Launch 1.
 template <class S, Layout layout, int W>
-void launch_pool(const Chunk<S, layout, W>& chunk, const S* x, const PoolMemory<Acc<S>>& memory,
-                 MlpForward<S> mlp) {
-  const Problem& p = chunk.problem;
-  mlp.channels = p.c;
-  mlp.hidden = p.hidden;
-  mlp.inverse_pixels = Acc<S>{1} / static_cast<Acc<S>>(p.pixels());
-  mlp.spans = chunk.plan.sweep.pixel_spans;
-  chunk.sweep(
-      Pool<S>{chunk.shape(x), memory.sums, memory.maxima, memory.counters + chunk.first, mlp});
+void launch_pool(const Chunk<S, layout, W>& chunk, const S* x, const PoolMemory<Acc<S>>& memory) {
+  chunk.sweep(Pool<S>{chunk.shape(x), memory.sums, memory.maxima});
 }
 
-// Launch 2.
+// Launch 2. `units` with what it needs beside shapes and the results of launch 1.
+template <class S, Layout layout, int W>
+void launch_hidden_units(const Chunk<S, layout, W>& chunk, const PoolMemory<Acc<S>>& memory,
+                         HiddenUnits<S> units) {
+  units.shape = mlp_shape<S>(chunk.problem, chunk.plan);
+  units.sums = memory.sums;
+  units.maxima = memory.maxima;
+  chunk.launcher.launch(hidden_units_kernel<S>, chunk.samples * chunk.plan.mlp.blocks,
+                        sizeof(typename HiddenUnits<S>::Shared), units);
+}
+
+// Launch 3.
+template <class S, Layout layout, int W>
+void launch_channel_gate(const Chunk<S, layout, W>& chunk, const Parameters& parameters,
+                         const Acc<S>* hidden_parts, Acc<S>* ca) {
+  ChannelGate<S> gate{};
+  gate.shape = mlp_shape<S>(chunk.problem, chunk.plan);
+  gate.parts = hidden_parts;
+  gate.fc1_bias = parameters.fc1_bias;
+  gate.fc2_bias = parameters.fc2_bias;
+  gate.fc2 = matrix_of(parameters.fc2_weight, gate.shape.piece);
+  gate.channel_gate = ca;
+  chunk.launcher.launch(channel_gate_kernel<S>, chunk.samples * chunk.plan.mlp.blocks,
+                        sizeof(typename ChannelGate<S>::Shared), gate);
+}
+
+// Launch 4.
 template <class S, Layout layout, int W>
 void launch_stats(const Chunk<S, layout, W>& chunk, const S* x, const Acc<S>* ca,
                   const StatsMemory<Acc<S>>& memory) {
   chunk.sweep(ChannelStats<S, false>{chunk.shape(x), ca, memory.sums, memory.maxima, nullptr});
 }
 
-// Behind launch 2 where it is the last.
+// Behind launch 4 where it is the last.
 template <class S, Layout layout, int W>
 void launch_joined_stats(const Chunk<S, layout, W>& chunk, const StatsMemory<Acc<S>>& memory,
                          Acc<S>* stats) {
@@ -131,21 +150,19 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
   using A = Acc<S>;
   const Problem& p = call.problem;
   const ForwardMemory<A>& memory = call.memory;
-  call.launcher.clear(memory.pool.counters, p.n);
   call.each_chunk([&](const auto& chunk) {
     const S* const x = chunk.features(args.input);
     A* const wanted_ca = chunk.values(args.channel_gate, p.c);
     A* const ca = wanted_ca == nullptr ? memory.ca : wanted_ca;
 
-    MlpForward<S> mlp{};
-    mlp.fc1_weight = args.parameters.fc1_weight;
-    mlp.fc1_bias = args.parameters.fc1_bias;
-    mlp.fc2_weight = args.parameters.fc2_weight;
-    mlp.fc2_bias = args.parameters.fc2_bias;
-    mlp.pooled = memory.pooled;
-    mlp.hidden_units = memory.hidden_units;
-    mlp.channel_gate = ca;
-    launch_pool(chunk, x, memory.pool, mlp);
+    launch_pool(chunk, x, memory.pool);
+
+    HiddenUnits<S> units{};
+    units.fc1 = matrix_of(args.parameters.fc1_weight, call.plan.mlp.span);
+    units.parts = memory.hidden_parts;
+    launch_hidden_units(chunk, memory.pool, units);
+
+    launch_channel_gate(chunk, args.parameters, memory.hidden_parts, ca);
 
     launch_stats(chunk, x, ca, memory.stats);
 
@@ -175,11 +192,11 @@ void apply(const ApplyArgs& args, const Call<S, layout, W, NoMemory>& call) {
 
 template <class S, Layout layout, int W>
 void pool(const PoolArgs& args, const Call<S, layout, W, PoolMemory>& call) {
-  call.launcher.clear(call.memory.counters, call.problem.n);
   call.each_chunk([&](const auto& chunk) {
-    MlpForward<S> pooled_maps{};
+    launch_pool(chunk, chunk.features(args.input), call.memory);
+    HiddenUnits<S> pooled_maps{};
     pooled_maps.pooled = chunk.values(args.pooled, 2 * call.problem.c);
-    launch_pool(chunk, chunk.features(args.input), call.memory, pooled_maps);
+    launch_hidden_units(chunk, call.memory, pooled_maps);
   });
 }
 

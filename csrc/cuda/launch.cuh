@@ -20,14 +20,6 @@ class Launcher {
  public:
   explicit Launcher(const Queue& queue) : queue_(queue) {}
 
-  // Zeroes counters before the next launch; of an empty batch there are none.
-  void clear(unsigned* counters, int64_t count) {
-    if (count == 0) return;
-    const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
-    check(cudaMemsetAsync(counters, 0, bytes, queue_.stream), "cudaMemsetAsync");
-    after_kernel_ = false;
-  }
-
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
               Arguments&&... arguments) {

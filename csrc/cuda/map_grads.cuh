@@ -95,7 +95,7 @@ __device__ void transposed_convolution(const MapGrads<S>& args, const Tile& tile
         correlate<K>(kernel, weights + dx * padded, values, window.stride, ds0);
         correlate<K>(kernel, weights + (kernel + dx) * padded, values, window.stride, ds1);
       }
-      const A of_mean = meet(ds0, parts), of_maximum = meet(ds1, parts);
+      const A of_mean = sum_run(ds0, parts), of_maximum = sum_run(ds1, parts);
       const int i = owned_pixel(args.tiling, tile, run);
       if (i < 0) return;
       const int64_t at =

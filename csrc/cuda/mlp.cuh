@@ -1,126 +1,62 @@
-// The MLP of the channel gate, forward and backward, for one sample and run by one block: the last
-// that pooled the sample. It first adds up what the sample's blocks left.
+// The MLP of the channel gate, two launches in either direction:
 //
-// All of it is small against the feature map, but nothing else of the sample can go on meanwhile,
-// so what counts is latency: loads are batched before the first is used. Both passes keep what they
-// find in global memory (C and R have no limit), where the threads of the block, and backward's
-// last launch, read it again. Where PyTorch runs the MLP, adding up is all that they do.
+//   hidden units       reads partial results of the pool, W1   its part of W1 pooled
+//   channel gate       reads those parts, W2                   units = relu(W1 pooled + b1),
+//                                                              ca = sigmoid(W2 units + 2 b2)
+//   hidden gradients   reads partial results of the backward   dz = ca (1 - ca) dca; its parts of
+//                      pool, W1, W2                            W1 pooled and of W2^T dz
+//   channel gradients  reads those parts, W1                   dunits = relu' W2^T dz, W1^T dunits
+//
+// All of it is small against the feature map, but nothing else of a sample can go on meanwhile, so
+// what counts is latency: loads are batched before the first is used, and the work is spread over
+// blocks. A block takes a span of the channels of a sample with all hidden units. So partial
+// results, and weights, are read once for each sample, and only vectors of R go from block to
+// block: their parts, which each block of the next launch adds up in the order of the spans.
+//
+// Where PyTorch runs the MLP, the first launch of a direction stops before the weights.
 #pragma once
 
 #include "grads.cuh"
-#include "reduce.cuh"
+#include "matrix.cuh"
 
 namespace cbam::cuda {
 
-// Threads of a block take the elements [0, count) in turn.
-template <class F>
-__device__ void each_element(int64_t count, F&& f) {
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) f(i);
-}
+constexpr int kMlpPiece = kThreads;  // hidden units that a block has in shared memory at once
+constexpr int kMlpGradBlocks = 2;    // on a multiprocessor: their grids are small, their sums many
 
-// Totals of partial results [spans, channels], one accumulator for each channel. Neighbouring
-// threads take neighbouring channels; where those are few, the spans are dealt out to the rest of
-// the block and meet in `scratch`, shared memory for kThreads accumulators.
-//
-//   load(span, channel)     a partial result
-//   keep(channel, total)    called by one thread for each channel
-template <int batch, class Accumulator, class Load, class Keep>
-__device__ void add_spans(int64_t channels, int64_t spans, Accumulator* scratch, Load&& load,
-                          Keep&& keep) {
-  const int thread = static_cast<int>(threadIdx.x);
-  int width = kWarp;  // channels side by side
-  while (width < channels && width < kThreads) width *= 2;
-  const int parts = kThreads / width, part = thread / width;
-  for (int64_t first = 0; first < channels; first += width) {
-    const int64_t channel = first + thread % width;
-    Accumulator total = Accumulator::none();
-    if (channel < channels) {
-#pragma unroll 1
-      for (int64_t begin = part; begin < spans; begin += batch * parts) {
-        Accumulator partials[batch];
-#pragma unroll
-        for (int i = 0; i < batch; ++i) {
-          const int64_t span = begin + i * parts;
-          partials[i] = span < spans ? load(span, channel) : Accumulator::none();
-        }
-#pragma unroll
-        for (int i = 0; i < batch; ++i) total.combine(partials[i]);
-      }
-    }
-    for (int half = parts / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (part >= half && part < 2 * half) scratch[thread - half * width] = total;
-      __syncthreads();
-      if (part < half) total.combine(scratch[thread]);
-    }
-    if (part == 0 && channel < channels) keep(channel, total);
-  }
-}
-
-// sum_j matrix[i][j] vectors[v][j] for V vectors and rows i = 0 ... rows - 1 of a parameter, whose
-// strides may be any. Warps take rows. keep(row, sums) is called by one lane.
-template <class S, int V, class Keep>
-__device__ void multiply(const ParameterView& matrix, int64_t rows, int64_t row_stride,
-                         int64_t columns, int64_t column_stride, const Acc<S>* const (&vectors)[V],
-                         Keep&& keep) {
-  using A = Acc<S>;
-  constexpr int kBatch = 4;
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  with_parameter<S>(matrix, [&](const auto* weights) {
-#pragma unroll 1
-    for (int64_t row = threadIdx.x / kWarp; row < rows; row += kThreads / kWarp) {
-      A sums[V] = {};
-#pragma unroll 1
-      for (int64_t begin = lane; begin < columns; begin += kBatch * kWarp) {
-        A values[kBatch][V], factors[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int64_t column = begin + i * kWarp;
-          const bool present = column < columns;
-          factors[i] =
-              present ? widen(load(weights + row * row_stride + column * column_stride)) : A{0};
-#pragma unroll
-          for (int v = 0; v < V; ++v) values[i][v] = present ? load_fresh(vectors[v] + column) : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) sums[v] += factors[i] * values[i][v];
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] = warp_sum(sums[v]);
-      if (lane == 0) keep(row, sums);
-    }
-  });
-}
-
-// One sample's pooled maps and hidden units. The average and the maximum have units of their own.
 template <class S>
-struct Perceptron {
-  using A = Acc<S>;
-  int64_t channels, hidden;
-  A inverse_pixels;  // 1 / P
-  int64_t spans;     // partial results of each channel
-  ParameterView fc1_weight, fc1_bias, fc2_weight, fc2_bias;
-  A* pooled;        // [samples, 2, C] average, maximum
-  A* hidden_units;  // [samples, 2, R] after the ReLU
+struct MlpShape {
+  Mlp cut;
+  int channels, hidden;
+  int piece;  // hidden units taken at once, rounded up to a power of two
+  int pixel_spans;
+  Acc<S> inverse_pixels;  // 1 / P
+};
 
-  __device__ A* average(int64_t sample) const { return pooled + sample * 2 * channels; }
-  __device__ A* maximum(int64_t sample) const { return average(sample) + channels; }
-  __device__ A* units(int64_t sample) const { return hidden_units + sample * 2 * hidden; }
+template <class S>
+MlpShape<S> mlp_shape(const Problem& p, const Plan& plan) {
+  return {plan.mlp,
+          static_cast<int>(p.c),
+          static_cast<int>(p.hidden),
+          static_cast<int>(std::min<int64_t>(power_of_two_from(p.hidden), kMlpPiece)),
+          static_cast<int>(plan.sweep.pixel_spans),
+          Acc<S>{1} / static_cast<Acc<S>>(p.pixels())};
+}
 
-  // relu(W1 pooled + b1) for both pooled maps.
-  __device__ void compute_units(int64_t sample) const {
-    A* const to = units(sample);
-    const int64_t count = hidden;
-    const ParameterView bias = fc1_bias;
-    multiply<S, 2>(fc1_weight, hidden, fc1_weight.strides[2], channels, fc1_weight.strides[3],
-                   {average(sample), maximum(sample)}, [&](int64_t r, const A(&sums)[2]) {
-                     const A shift = load_bias<S>(bias, r);
-                     store(to + r, relu(sums[0] + shift));
-                     store(to + count + r, relu(sums[1] + shift));
-                   });
+// The channels of a block.
+template <class S>
+struct ChannelSpan {
+  int64_t sample;
+  int index, first, count;
+  int64_t origin;  // of the first in maps [samples, C]
+
+  explicit __device__ ChannelSpan(const MlpShape<S>& shape) {
+    const int block = static_cast<int>(blockIdx.x);
+    sample = block / shape.cut.blocks;
+    index = block - static_cast<int>(sample) * shape.cut.blocks;
+    first = index * shape.cut.span;
+    count = smaller(shape.cut.span, shape.channels - first);
+    origin = sample * shape.channels + first;
   }
 };
 
@@ -133,140 +69,321 @@ struct Pooled {
     sum += other.sum;
     highest = maximum(highest, other.highest);
   }
-};
-
-template <class S>
-struct MlpForward : Perceptron<S> {
-  using A = Acc<S>;
-  A* channel_gate;  // [samples, C]; where it is null, the pooled maps are all that is wanted
-
-  // From the partial results [samples, spans, C] to the channel gate of a sample. `scratch` is
-  // shared memory for kThreads Pooled.
-  __device__ void run(int64_t sample, const A* sums, const A* maxima, Pooled<A>* scratch) const {
-    const int64_t channels = this->channels, hidden = this->hidden;
-    const int64_t partials = sample * this->spans * channels;
-    add_spans<4>(
-        channels, this->spans, scratch,
-        [&](int64_t span, int64_t c) -> Pooled<A> {
-          const int64_t at = partials + span * channels + c;
-          return {load_fresh(sums + at), load_fresh(maxima + at)};
-        },
-        [&](int64_t c, const Pooled<A>& total) {
-          store(this->average(sample) + c, total.sum * this->inverse_pixels);
-          store(this->maximum(sample) + c, total.highest);
-        });
-    if (channel_gate == nullptr) return;
-    __syncthreads();
-    this->compute_units(sample);
-    __syncthreads();
-    const A* const units = this->units(sample);
-    with_parameter<S>(this->fc2_weight, [&](const auto* weights) {
-      each_element(channels, [&](int64_t c) {
-        A logit = 2 * load_bias<S>(this->fc2_bias, c);
-#pragma unroll 4
-        for (int64_t r = 0; r < hidden; ++r) {
-          logit += widen(load(weights + offset_in(this->fc2_weight, 0, c, r))) *
-                   (load_fresh(units + r) + load_fresh(units + hidden + r));
-        }
-        store(channel_gate + sample * channels + c, sigmoid(logit));
-      });
-    });
+  __device__ Pooled shuffle(int offset) const {
+    return {shuffle_xor(sum, offset), shuffle_xor(highest, offset)};
   }
 };
 
 // What the sweeps of backward leave of a channel.
 template <class A>
 struct PooledGrads {
-  A sum;
-  Argmax<A, long long> highest;
-  A dot;  // what reaches the gate
-  static __device__ PooledGrads none() { return {0, {lowest<A>(), kNoIndex64}, 0}; }
+  A sum, dot;         // `dot` is what reaches the gate
+  Argmax<A> highest;  // and its span; which pixel of that, only its own partial result tells
+  static __device__ PooledGrads none() { return {0, 0, {lowest<A>(), kNoIndex}}; }
   __device__ void combine(const PooledGrads& other) {
     sum += other.sum;
-    highest.combine(other.highest);
     dot += other.dot;
+    highest.combine(other.highest);
+  }
+  __device__ PooledGrads shuffle(int offset) const {
+    return {shuffle_xor(sum, offset), shuffle_xor(dot, offset), highest.shuffle(offset)};
   }
 };
 
+// Vectors of R of a span of channels, in memory as [samples, spans, count, R]. The average and the
+// maximum have hidden units of their own.
+template <class A, int count>
+struct HiddenParts {
+  A values[count];
+  static __device__ HiddenParts none() { return {}; }
+  __device__ void combine(const HiddenParts& other) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) values[i] += other.values[i];
+  }
+  __device__ HiddenParts shuffle(int offset) const {
+    HiddenParts result;
+#pragma unroll
+    for (int i = 0; i < count; ++i) result.values[i] = shuffle_xor(values[i], offset);
+    return result;
+  }
+};
+
+// Adds up the parts of `units` hidden units of a sample from `first` on; keep(unit, totals).
+template <class S, int count, class Keep>
+__device__ void add_hidden_parts(const MlpShape<S>& shape, const Acc<S>* parts, int64_t sample,
+                                 int first, int units, HiddenParts<Acc<S>, count>* scratch,
+                                 Keep&& keep) {
+  const Acc<S>* const from = parts + sample * shape.cut.blocks * count * shape.hidden + first;
+  add_spans<8>(
+      units, shape.piece, shape.cut.blocks, scratch,
+      [&](int span, int unit) {
+        HiddenParts<Acc<S>, count> part;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          part.values[i] = load(from + (int64_t{span} * count + i) * shape.hidden + unit);
+        }
+        return part;
+      },
+      keep);
+}
+
+// ----------------------------------------------------------------------------------- forward
+
 template <class S>
-struct MlpBackward : Perceptron<S> {
+struct HiddenUnits {
   using A = Acc<S>;
+  MlpShape<S> shape;
+  const A* sums;    // [samples, pixel spans, C]
+  const A* maxima;  // [samples, pixel spans, C]
+  Matrix fc1;
+  A* pooled;  // [samples, 2, C] average, maximum; or null
+  A* parts;   // [samples, spans, 2, R] of W1 pooled; null where there is no fc1
+
+  struct Shared {
+    alignas(16) A pooled[2][kMaxMlpSpan];
+    Pooled<A> scratch[kThreads];
+  };
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+    hidden_units_kernel(const __grid_constant__ HiddenUnits<S> args) {
+  using A = Acc<S>;
+  const MlpShape<S>& shape = args.shape;
+  const ChannelSpan<S> at(shape);
+  auto& shared = *shared_memory<typename HiddenUnits<S>::Shared>();
+  const bool runs_mlp = args.parts != nullptr;
+  const Part fc1{0, at.first, shape.hidden, at.count};
+  if (runs_mlp) prefetch_weights<S>(args.fc1, fc1);
+  wait_for_previous_launches();
+  const int64_t partials = at.sample * shape.pixel_spans * shape.channels + at.first;
+  add_spans<8>(
+      at.count, shape.cut.span, shape.pixel_spans, shared.scratch,
+      [&](int span, int c) -> Pooled<A> {
+        const int64_t from = partials + int64_t{span} * shape.channels + c;
+        return {load(args.sums + from), load(args.maxima + from)};
+      },
+      [&](int c, const Pooled<A>& total) {
+        const A average = total.sum * shape.inverse_pixels;
+        shared.pooled[0][c] = average;
+        shared.pooled[1][c] = total.highest;
+        if (args.pooled == nullptr) return;
+        A* const to = args.pooled + at.sample * 2 * shape.channels + at.first + c;
+        store(to, average);
+        store(to + shape.channels, total.highest);
+      });
+  if (!runs_mlp) return;
+  __syncthreads();
+  A* const to = args.parts + (at.sample * shape.cut.blocks + at.index) * 2 * shape.hidden;
+  multiply_rows<S, 2>(args.fc1, fc1, shared.pooled[0], kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
+    store(to + r, sums[0]);
+    store(to + shape.hidden + r, sums[1]);
+  });
+}
+
+template <class S>
+struct ChannelGate {
+  using A = Acc<S>;
+  MlpShape<S> shape;
+  const A* parts;  // [samples, spans, 2, R] of W1 pooled
+  ParameterView fc1_bias, fc2_bias;
+  Matrix fc2;
+  A* channel_gate;  // [samples, C]
+
+  struct Shared {
+    alignas(16) A units[kMlpPiece];
+    A logits[kMaxMlpSpan];
+    HiddenParts<A, 2> scratch[kThreads];
+  };
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
+    channel_gate_kernel(const __grid_constant__ ChannelGate<S> args) {
+  using A = Acc<S>;
+  const MlpShape<S>& shape = args.shape;
+  const ChannelSpan<S> at(shape);
+  const int thread = static_cast<int>(threadIdx.x);
+  auto& shared = *shared_memory<typename ChannelGate<S>::Shared>();
+  A logit = 0;
+  if (thread < at.count) {
+    logit = 2 * load_bias<S>(args.fc2_bias, at.first + thread);
+    shared.logits[thread] = 0;
+  }
+  prefetch_weights<S>(args.fc2, {at.first, 0, at.count, shape.hidden});
+  wait_for_previous_launches();
+  for (int first = 0; first < shape.hidden; first += shape.piece) {
+    const int units = smaller(shape.piece, shape.hidden - first);
+    const A bias = thread < units ? load_bias<S>(args.fc1_bias, first + thread) : A{0};
+    add_hidden_parts(shape, args.parts, at.sample, first, units, shared.scratch,
+                     [&](int r, const HiddenParts<A, 2>& total) {
+                       // The second layer is linear: it takes the sum of both.
+                       shared.units[r] =
+                           relu(total.values[0] + bias) + relu(total.values[1] + bias);
+                     });
+    __syncthreads();
+    multiply_rows<S, 1>(args.fc2, {at.first, first, at.count, units}, shared.units, 0,
+                        [&](int c, const A(&sums)[1]) { shared.logits[c] += sums[0]; });
+    __syncthreads();
+  }
+  if (thread < at.count) {
+    store(args.channel_gate + at.origin + thread, sigmoid(logit + shared.logits[thread]));
+  }
+}
+
+// ---------------------------------------------------------------------------------- backward
+
+template <class S>
+struct HiddenGrads {
+  using A = Acc<S>;
+  MlpShape<S> shape;
+  int64_t span_pixels;  // of a span, the last of which may have fewer
+  const A* sums;        // [samples, pixel spans, C], as the next three
+  const A* maxima;
+  const int* argmaxima;  // pixels, counted from the first of their span
+  const A* dots;
+  const A* gate_grads;  // [samples, gate spans, C] partial sums of sum_p g sa x
+  int gate_spans;       // 0, 1 or pixel_spans
+  Matrix fc1, fc2;
   const A* channel_gate;          // [samples, C]
-  const A* gate_grads;            // [samples, gate_spans, C] partial sums of sum_p g sa x
-  int64_t gate_spans;             // 1 or spans
-  int64_t span_pixels;            // of a span, the last of which may have fewer
+  A* pooled;                      // [samples, 2, C] average, maximum
   A* dz;                          // [samples, C] gradient of the gate's logits
-  A* dunits;                      // [samples, 2, R] gradient of W1 pooled + b1
+  A* parts;                       // [samples, spans, 3, R] of W1 pooled, of W2^T dz
   ChannelGrad<A>* channel_grads;  // [samples, C]
   // Where PyTorch runs the MLP, one of these is there and the parameters are not. Either it is told
   // what reaches the gate, or it has told what reaches the pooled maps.
   A* grad_channel_gate;  // [samples, C]
   const A* grad_pooled;  // [samples, 2, C] average, maximum
 
-  // From the partial results [samples, spans, C] to the gradients of a sample's pooled maps.
-  // `scratch` is shared memory for kThreads PooledGrads.
-  __device__ void run(int64_t sample, const A* sums, const A* maxima, const int* argmaxima,
-                      const A* dots, PooledGrads<A>* scratch) const {
-    const int64_t channels = this->channels, hidden = this->hidden;
-    const int64_t partials = sample * this->spans * channels;
-    const int64_t first = sample * channels;  // of the sample's channels
-    add_spans<4>(
-        channels, this->spans, scratch,
-        [&](int64_t span, int64_t c) -> PooledGrads<A> {
-          const int64_t at = partials + span * channels + c;
-          const A dgate = span < gate_spans
-                              ? load(gate_grads + first * gate_spans + span * channels + c)
-                              : A{0};
-          return {load_fresh(sums + at),
-                  {load_fresh(maxima + at), span * span_pixels + load_fresh(argmaxima + at)},
-                  load_fresh(dots + at) + dgate};
-        },
-        [&](int64_t c, const PooledGrads<A>& total) {
-          if (grad_channel_gate != nullptr) {
-            store(grad_channel_gate + first + c, total.dot);
-            return;
-          }
-          store(&channel_grads[first + c].argmax, total.highest.index);
-          if (grad_pooled != nullptr) {
-            const A* const given = grad_pooled + 2 * first + c;
-            store(&channel_grads[first + c].daverage, load(given) * this->inverse_pixels);
-            store(&channel_grads[first + c].dmaximum, load(given + channels));
-            return;
-          }
-          const A gate = load(channel_gate + first + c);
-          store(this->average(sample) + c, total.sum * this->inverse_pixels);
-          store(this->maximum(sample) + c, total.highest.value);
-          store(dz + first + c, gate * (1 - gate) * total.dot);
-        });
-    if (grad_channel_gate != nullptr || grad_pooled != nullptr) return;
-    __syncthreads();
-    this->compute_units(sample);
-    __syncthreads();
-    const A* const units = this->units(sample);
-    A* const dhidden = dunits + sample * 2 * hidden;
-    multiply<S, 1>(this->fc2_weight, hidden, this->fc2_weight.strides[3], channels,
-                   this->fc2_weight.strides[2], {dz + first}, [&](int64_t r, const A(&sums)[1]) {
-                     // relu'(0) = 0; a NaN lets the gradient through, as PyTorch's
-                     // threshold_backward does.
-                     store(dhidden + r, load_fresh(units + r) <= 0 ? A{0} : sums[0]);
-                     store(dhidden + hidden + r,
-                           load_fresh(units + hidden + r) <= 0 ? A{0} : sums[0]);
-                   });
-    __syncthreads();
-    with_parameter<S>(this->fc1_weight, [&](const auto* weights) {
-      each_element(channels, [&](int64_t c) {
-        A daverage = 0, dmaximum = 0;
-#pragma unroll 4
-        for (int64_t r = 0; r < hidden; ++r) {
-          const A weight = widen(load(weights + offset_in(this->fc1_weight, 0, r, c)));
-          daverage += weight * load_fresh(dhidden + r);
-          dmaximum += weight * load_fresh(dhidden + hidden + r);
-        }
-        store(&channel_grads[first + c].daverage, daverage * this->inverse_pixels);
-        store(&channel_grads[first + c].dmaximum, dmaximum);
-      });
-    });
-  }
+  struct Shared {
+    alignas(16) A pooled[2][kMaxMlpSpan];
+    A dz[kMaxMlpSpan];
+    PooledGrads<A> scratch[kThreads];
+    Sum<A> column_sums[kColumnSums<S, 1>];
+  };
 };
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kMlpGradBlocks)
+    hidden_grads_kernel(const __grid_constant__ HiddenGrads<S> args) {
+  using A = Acc<S>;
+  const MlpShape<S>& shape = args.shape;
+  const ChannelSpan<S> at(shape);
+  const int thread = static_cast<int>(threadIdx.x);
+  auto& shared = *shared_memory<typename HiddenGrads<S>::Shared>();
+  const bool runs_mlp = args.parts != nullptr;
+  const Part fc1{0, at.first, shape.hidden, at.count}, fc2{at.first, 0, at.count, shape.hidden};
+  if (runs_mlp) {
+    prefetch_weights<S>(args.fc1, fc1);
+    prefetch_weights<S>(args.fc2, fc2);
+  }
+  wait_for_previous_launches();
+  const A gate =
+      runs_mlp && thread < at.count ? load(args.channel_gate + at.origin + thread) : A{0};
+  const int64_t partials = at.sample * shape.pixel_spans * shape.channels + at.first;
+  const int64_t gate_partials = at.sample * args.gate_spans * shape.channels + at.first;
+  add_spans<8>(
+      at.count, shape.cut.span, shape.pixel_spans, shared.scratch,
+      [&](int span, int c) -> PooledGrads<A> {
+        const int64_t row = int64_t{span} * shape.channels + c;
+        const A dgate = span < args.gate_spans ? load(args.gate_grads + gate_partials + row) : A{0};
+        return {load(args.sums + partials + row),
+                load(args.dots + partials + row) + dgate,
+                {load(args.maxima + partials + row), span}};
+      },
+      [&](int c, const PooledGrads<A>& total) {
+        if (args.grad_channel_gate != nullptr) {
+          store(args.grad_channel_gate + at.origin + c, total.dot);
+          return;
+        }
+        ChannelGrad<A>* const grad = args.channel_grads + at.origin + c;
+        const int64_t pooled = at.sample * 2 * shape.channels + at.first + c;
+        if (args.grad_pooled != nullptr) {
+          store(&grad->daverage, load(args.grad_pooled + pooled) * shape.inverse_pixels);
+          store(&grad->dmaximum, load(args.grad_pooled + pooled + shape.channels));
+        } else {
+          shared.pooled[0][c] = total.sum * shape.inverse_pixels;
+          shared.pooled[1][c] = total.highest.value;
+          shared.dz[c] = gate * (1 - gate) * total.dot;
+          store(args.pooled + pooled, shared.pooled[0][c]);
+          store(args.pooled + pooled + shape.channels, shared.pooled[1][c]);
+          store(args.dz + at.origin + c, shared.dz[c]);
+        }
+        const int64_t span = total.highest.index;
+        const int pixel = load(args.argmaxima + partials + span * shape.channels + c);
+        store<Use::kAgain, long long>(&grad->argmax, span * args.span_pixels + pixel);
+      });
+  if (!runs_mlp) return;
+  __syncthreads();
+  A* const to = args.parts + (at.sample * shape.cut.blocks + at.index) * 3 * shape.hidden;
+  multiply_rows<S, 2>(args.fc1, fc1, shared.pooled[0], kMaxMlpSpan, [&](int r, const A(&sums)[2]) {
+    store(to + r, sums[0]);
+    store(to + shape.hidden + r, sums[1]);
+  });
+  multiply_columns<S, 1>(
+      args.fc2, fc2, shared.dz, 0, shared.column_sums,
+      [&](int r, const A(&sums)[1]) { store(to + 2 * int64_t{shape.hidden} + r, sums[0]); });
+}
+
+template <class S>
+struct ChannelGrads {
+  using A = Acc<S>;
+  MlpShape<S> shape;
+  const A* parts;  // [samples, spans, 3, R] of W1 pooled, of W2^T dz
+  ParameterView fc1_bias;
+  Matrix fc1;
+  A* hidden_units;                // [samples, 2, R] after the ReLU
+  A* dunits;                      // [samples, 2, R] gradient of W1 pooled + b1
+  ChannelGrad<A>* channel_grads;  // [samples, C]
+
+  struct Shared {
+    A dunits[2][kMlpPiece];
+    A totals[2][kMaxMlpSpan];
+    HiddenParts<A, 3> scratch[kThreads];
+    Sum<A> column_sums[kColumnSums<S, 2>];
+  };
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kMlpGradBlocks)
+    channel_grads_kernel(const __grid_constant__ ChannelGrads<S> args) {
+  using A = Acc<S>;
+  const MlpShape<S>& shape = args.shape;
+  const ChannelSpan<S> at(shape);
+  const int thread = static_cast<int>(threadIdx.x);
+  auto& shared = *shared_memory<typename ChannelGrads<S>::Shared>();
+  if (thread < at.count) shared.totals[0][thread] = shared.totals[1][thread] = 0;
+  wait_for_previous_launches();
+  for (int first = 0; first < shape.hidden; first += shape.piece) {
+    const int units = smaller(shape.piece, shape.hidden - first);
+    const A bias = thread < units ? load_bias<S>(args.fc1_bias, first + thread) : A{0};
+    add_hidden_parts(shape, args.parts, at.sample, first, units, shared.scratch,
+                     [&](int r, const HiddenParts<A, 3>& total) {
+#pragma unroll
+                       for (int v = 0; v < 2; ++v) {
+                         const A unit = relu(total.values[v] + bias);
+                         // relu'(0) = 0; a NaN lets the gradient through, as PyTorch's
+                         // threshold_backward does.
+                         const A dunit = unit <= 0 ? A{0} : total.values[2];
+                         shared.dunits[v][r] = dunit;
+                         if (at.index != 0) continue;  // once for each sample
+                         const int64_t to = (at.sample * 2 + v) * shape.hidden + first + r;
+                         store(args.hidden_units + to, unit);
+                         store(args.dunits + to, dunit);
+                       }
+                     });
+    __syncthreads();
+    multiply_columns<S, 2>(args.fc1, {first, at.first, units, at.count}, shared.dunits[0],
+                           kMlpPiece, shared.column_sums, [&](int c, const A(&sums)[2]) {
+                             shared.totals[0][c] += sums[0];
+                             shared.totals[1][c] += sums[1];
+                           });
+    __syncthreads();
+  }
+  if (thread >= at.count) return;
+  ChannelGrad<A>* const grad = args.channel_grads + at.origin + thread;
+  store(&grad->daverage, shared.totals[0][thread] * shape.inverse_pixels);
+  store(&grad->dmaximum, shared.totals[1][thread]);
+}
 
 }  // namespace cbam::cuda

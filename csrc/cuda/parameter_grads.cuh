@@ -1,34 +1,44 @@
 // Backward, the last launch: gradients of the parameters, summed over all samples of the batch.
 //
 //   reads   what the samples left: vectors of C and R, and k x k weights of each tile
-//   launch  a block for kWarp neighbouring elements of a parameter of the MLP, or for one of the
-//           convolution; the threads of an element take its terms in turn, and meet in shared
-//           memory in a fixed order
+//   launch  a block for `width` neighbouring elements of a parameter; the threads of an element
+//           take its terms in turn, and meet in shared memory in a fixed order (spans.cuh). The
+//           more terms there are, the more threads an element gets.
 #pragma once
 
-#include "reduce.cuh"
+#include "spans.cuh"
 
 namespace cbam::cuda {
 
-// The parameters in the order of their blocks.
-enum class Kind { kFc1Weight, kFc2Weight, kFc1Bias, kFc2Bias, kConvWeight, kConvBias };
-constexpr int kKinds = 6;
+// The parameters in the order of their blocks; those of the convolution have theirs together.
+enum class Kind { kFc1Weight, kFc2Weight, kFc1Bias, kFc2Bias, kConv };
+constexpr int kKinds = 5;
+
+// Elements side by side in a block, for sums of so many terms: a power of two.
+inline int parameter_width(int64_t terms) {
+  constexpr int64_t kTerms = 64;  // for one thread
+  constexpr int kLeast = 2;
+  int width = kThreads;
+  while (width > kLeast && divide_up(terms, kThreads / width) > kTerms) width /= 2;
+  return width;
+}
 
 template <class S>
 struct ParameterGrads {
   using A = Acc<S>;
   int64_t samples, channels, hidden;
-  int64_t kernel, taps;   // k, 2 k k
-  int64_t tiles;          // of a sample
-  const A* pooled;        // [N, 2, C] average, maximum
-  const A* hidden_units;  // [N, 2, R]
-  const A* dz;            // [N, C] gradient of the channel gate's logits
-  const A* dunits;        // [N, 2, R] gradient of W1 pooled + b1
-  const A* conv_grads;    // [N, tiles, taps + 1]
+  int kernel, taps;           // k, 2 k k
+  int64_t tiles;              // of the batch
+  int mlp_width, conv_width;  // elements of a block
+  const A* pooled;            // [N, 2, C] average, maximum
+  const A* hidden_units;      // [N, 2, R]
+  const A* dz;                // [N, C] gradient of the channel gate's logits
+  const A* dunits;            // [N, 2, R] gradient of W1 pooled + b1
+  const A* conv_grads;        // [tiles, taps + 1], that of the bias behind those of the weights
   Parameters grads;
   int64_t blocks[kKinds];
 
-  __device__ int64_t elements(Kind kind) const {
+  __host__ __device__ int64_t elements(Kind kind) const {
     switch (kind) {
       case Kind::kFc1Weight:
       case Kind::kFc2Weight:
@@ -37,89 +47,93 @@ struct ParameterGrads {
         return hidden;
       case Kind::kFc2Bias:
         return channels;
-      case Kind::kConvWeight:
-        return taps;
       default:
-        return 1;
-    }
-  }
-
-  // One term of the sum for an element. Weights count their elements as [R, C], whichever way the
-  // parameter has them.
-  template <Kind kind>
-  __device__ A term(int64_t element, int64_t r, int64_t c, int64_t n) const {
-    const A* const sample_pooled = pooled + n * 2 * channels;
-    const A* const sample_units = hidden_units + n * 2 * hidden;
-    const A* const sample_dunits = dunits + n * 2 * hidden;
-    if constexpr (kind == Kind::kFc1Weight) {
-      return load(sample_dunits + r) * load(sample_pooled + c) +
-             load(sample_dunits + hidden + r) * load(sample_pooled + channels + c);
-    } else if constexpr (kind == Kind::kFc2Weight) {
-      return load(dz + n * channels + c) *
-             (load(sample_units + r) + load(sample_units + hidden + r));
-    } else if constexpr (kind == Kind::kFc1Bias) {
-      return load(sample_dunits + element) + load(sample_dunits + hidden + element);
-    } else if constexpr (kind == Kind::kFc2Bias) {
-      return 2 * load(dz + n * channels + element);  // the MLP ran twice
-    } else {
-      // The bias of the convolution lies behind its weights; n counts tiles.
-      return load(conv_grads + n * (taps + 1) + (kind == Kind::kConvBias ? taps : element));
-    }
-  }
-
-  template <Kind kind>
-  __device__ void write(int64_t element, int64_t r, int64_t c, A value) const {
-    if constexpr (kind == Kind::kFc1Weight) {
-      store_parameter<S>(grads.fc1_weight, 0, r, c, value);
-    } else if constexpr (kind == Kind::kFc2Weight) {
-      store_parameter<S>(grads.fc2_weight, 0, c, r, value);
-    } else if constexpr (kind == Kind::kFc1Bias) {
-      store_parameter<S>(grads.fc1_bias, 0, 0, element, value);
-    } else if constexpr (kind == Kind::kFc2Bias) {
-      store_parameter<S>(grads.fc2_bias, 0, 0, element, value);
-    } else if constexpr (kind == Kind::kConvWeight) {
-      const int64_t area = kernel * kernel, tap = element % area;
-      store_parameter<S>(grads.conv_weight, element / area, tap / kernel, tap % kernel, value);
-    } else {
-      store_parameter<S>(grads.conv_bias, 0, 0, 0, value);
+        return taps + 1;
     }
   }
 };
 
-// The elements of one block, all of one kind.
+// Row and column of an element. A division takes long in 64 bits.
+inline __device__ void split(int64_t element, int64_t columns, int64_t& row, int64_t& column) {
+  if ((element | columns) >> 32 == 0) {
+    row = static_cast<unsigned>(element) / static_cast<unsigned>(columns);
+  } else {
+    row = element / columns;
+  }
+  column = element - row * columns;
+}
+
 template <Kind kind, class S>
 __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
   using A = Acc<S>;
-  constexpr bool kOfConv = kind == Kind::kConvWeight || kind == Kind::kConvBias;
-  constexpr int kWidth = kOfConv ? 1 : kWarp;  // elements side by side
-  constexpr int kParts = kThreads / kWidth, kBatch = 4;
-  const int thread = static_cast<int>(threadIdx.x), part = thread / kWidth;
-  const int64_t element = block * kWidth + thread % kWidth;
-  const bool active = element < args.elements(kind);
-  const int64_t r = element / args.channels, c = element - r * args.channels;
-  A sum = 0;
-  if (active) {
-    const int64_t terms = kOfConv ? args.samples * args.tiles : args.samples;
-#pragma unroll 1
-    for (int64_t begin = part; begin < terms; begin += kBatch * kParts) {
-      A values[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t n = begin + i * kParts;
-        values[i] = n < terms ? args.template term<kind>(element, r, c, n) : A{0};
-      }
-      // Adding the batch first bounds the rounding error of long sums.
-      sum += (values[0] + values[1]) + (values[2] + values[3]);
+  const int64_t channels = args.channels, hidden = args.hidden;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int width = kind == Kind::kConv ? args.conv_width : args.mlp_width;
+  const int64_t element = block * width + (thread & (width - 1));
+  Sum<A> total[1] = {Sum<A>::none()};
+  const auto add = [&](int64_t terms, auto&& term) {
+    add_terms<8>(
+        int64_t{thread / width}, int64_t{kThreads / width}, terms,
+        [&](int64_t n) { return Sum<A>{term(n)}; }, total[0]);
+  };
+  // Calls write() in one thread of the element.
+  const auto keep = [&](auto&& write) {
+    meet_in_block(total, width, shared_memory<Sum<A>>());
+    if (thread < width && element < args.elements(kind)) write();
+  };
+  const bool present = element < args.elements(kind);
+  if constexpr (kind == Kind::kFc1Weight) {
+    int64_t r, c;
+    split(element, channels, r, c);
+    if (present) {
+      add(args.samples, [&](int64_t n) {
+        const A* const pooled = args.pooled + 2 * n * channels + c;
+        const A* const dunits = args.dunits + 2 * n * hidden + r;
+        return load(dunits) * load(pooled) + load(dunits + hidden) * load(pooled + channels);
+      });
     }
+    keep([&] { store_parameter<S>(args.grads.fc1_weight, 0, r, c, total[0].value); });
+  } else if constexpr (kind == Kind::kFc2Weight) {
+    int64_t c, r;
+    split(element, hidden, c, r);
+    if (present) {
+      add(args.samples, [&](int64_t n) {
+        const A* const units = args.hidden_units + 2 * n * hidden + r;
+        return load(args.dz + n * channels + c) * (load(units) + load(units + hidden));
+      });
+    }
+    keep([&] { store_parameter<S>(args.grads.fc2_weight, 0, c, r, total[0].value); });
+  } else if constexpr (kind == Kind::kFc1Bias) {
+    if (present) {
+      add(args.samples, [&](int64_t n) {
+        const A* const dunits = args.dunits + 2 * n * hidden + element;
+        return load(dunits) + load(dunits + hidden);
+      });
+    }
+    keep([&] { store_parameter<S>(args.grads.fc1_bias, 0, 0, element, total[0].value); });
+  } else if constexpr (kind == Kind::kFc2Bias) {
+    if (present) {
+      // The MLP ran twice.
+      add(args.samples, [&](int64_t n) { return 2 * load(args.dz + n * channels + element); });
+    }
+    keep([&] { store_parameter<S>(args.grads.fc2_bias, 0, 0, element, total[0].value); });
+  } else {
+    if (present) {
+      add(args.tiles,
+          [&](int64_t n) { return load(args.conv_grads + n * (args.taps + 1) + element); });
+    }
+    keep([&] {
+      if (element == args.taps) {
+        if (args.grads.conv_bias.data == nullptr) return;
+        store_parameter<S>(args.grads.conv_bias, 0, 0, 0, total[0].value);
+      } else if (args.grads.conv_weight.data != nullptr) {
+        const int tap = static_cast<int>(element), area = args.kernel * args.kernel;
+        const int in_map = tap % area;
+        store_parameter<S>(args.grads.conv_weight, tap / area, in_map / args.kernel,
+                           in_map % args.kernel, total[0].value);
+      }
+    });
   }
-  A* const sums = shared_memory<A>();
-  for (int half = kParts / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (part >= half && part < 2 * half) sums[thread - half * kWidth] = sum;
-    __syncthreads();
-    if (part < half) sum += sums[thread];
-  }
-  if (part == 0 && active) args.template write<kind>(element, r, c, sum);
 }
 
 template <class S>
@@ -138,10 +152,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
       return sum_elements<Kind::kFc1Bias>(args, block);
     case Kind::kFc2Bias:
       return sum_elements<Kind::kFc2Bias>(args, block);
-    case Kind::kConvWeight:
-      return sum_elements<Kind::kConvWeight>(args, block);
     default:
-      return sum_elements<Kind::kConvBias>(args, block);
+      return sum_elements<Kind::kConv>(args, block);
   }
 }
 

@@ -19,19 +19,31 @@ constexpr int64_t kPlaceBytes = 80;  // of shared memory, where a block keeps wh
 constexpr int kRunBits = 2;
 constexpr int kRun = 1 << kRunBits;  // pixels of a column that a thread convolves together
 constexpr int kColumnStep = 4;       // columns of weights in shared memory are multiples of it
-constexpr int kReciprocalBits = 31;
+constexpr int kMaxMlpSpan = 128;     // channels of a block of the MLP
+
+// Division by a number that the host knows: (n * multiplier) >> shift, exact for n < 2^31.
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+};
+
+// Threads of a block that read a matrix: `lanes` share a row, groups of lanes have different rows.
+struct Team {
+  int lanes, lane_bits;  // a power of two, kMinLanes to kWarp, and its logarithm
+  int groups;
+  int64_t row_step;  // elements from a row of a group to its next
+};
 
 // How a sweep (sweep.cuh) cuts a sample, which it sees as a matrix: channels by pixels in
 // contiguous tensors, pixels by channels in channels_last.
 struct Sweep {
-  int lanes;                        // threads that share a row of a tile: a power of two, 4 to 32
-  int groups;                       // of lanes in a block; each has a row of its own
-  int64_t row_step;                 // elements from a row of a group to its next
-  int64_t row_span, column_span;    // rows and columns of a block
-  int64_t row_spans, column_spans;  // of a sample
-  int64_t blocks;                   // of a sample: their product
-  int64_t span_pixels;              // of a span of pixels
+  Team down, along;                    // where threads go down the columns, or along the rows
+  int64_t row_span, column_span;       // rows and columns of a block
+  int64_t row_spans, column_spans;     // of a sample
+  int64_t blocks;                      // of a sample: their product
+  int64_t span_pixels;                 // of a span of pixels
   int64_t pixel_spans, channel_spans;  // row_spans and column_spans as the layout has them
+  Divisor by_blocks, by_column_spans;
 };
 
 // How the convolutions cut a sample: tiles of pixels with a border.
@@ -41,14 +53,21 @@ struct Tiling {
   int64_t tiles;  // of a sample: their product
   int part_bits;  // threads that share a run: a power of two, kRun or more
   bool staged;    // whether maps with their border and weights fit into shared memory
-  // Of columns, and of a staged row: index / divisor = (index * reciprocal) >> kReciprocalBits.
-  uint32_t run_reciprocal, window_reciprocal;
+  Divisor by_columns, by_window_columns;  // of a tile, and of it with its border
+};
+
+// The launches of the MLP cut its matrices along the channels, of which there are more than hidden
+// units.
+struct Mlp {
+  int span;    // channels of a block: a power of two
+  int blocks;  // of a sample
 };
 
 struct Plan {
   int vector;     // elements of an access to feature maps: 16 bytes, or 1
   int64_t chunk;  // samples whose launches run together, so that they meet in the L2 cache
   Sweep sweep;    // of all sums, and of the input's gradient
+  Mlp mlp;
   Tiling tiling;
 };
 

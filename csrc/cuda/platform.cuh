@@ -33,15 +33,21 @@ __device__ T* shared_memory(int64_t offset_bytes = 0) {
   return reinterpret_cast<T*>(memory + offset_bytes);
 }
 
-// Every kernel begins with this. With programmatic dependent launch its blocks may be scheduled
-// while the launch before still runs; here they wait until that has finished and its writes are
-// seen. Since every kernel waits, so have all launches before it. Only then may the next launch
-// come as far: never are more than two at work or waiting.
+// Every kernel calls this before it reads what a launch before it may have written, and before it
+// writes. With programmatic dependent launch its blocks may be scheduled while the launch before
+// still runs; here they wait until that has finished and its writes are seen. Since every kernel
+// waits, so have all launches before it. Only then may the next launch come as far: never are more
+// than two at work or waiting.
 inline __device__ void wait_for_previous_launches() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+
+// number / what the host made `by` of; see plan.h.
+inline __device__ int quotient(int number, const Divisor& by) {
+  return static_cast<int>((static_cast<unsigned>(number) * uint64_t{by.multiplier}) >> by.shift);
 }
 
 template <class T>
@@ -59,21 +65,6 @@ __device__ void each_in_grid(int64_t count, F&& f) {
 template <class T>
 __device__ T shuffle_xor(T value, int offset) {
   return __shfl_xor_sync(kFullWarp, value, offset);
-}
-
-// Whether this block is the last of `blocks` to arrive at a counter that began at zero. What the
-// blocks wrote before is visible to the last one (through __ldcg). Every thread of a block gets
-// the same answer; `flag` is shared memory.
-inline __device__ bool is_last_block(unsigned* counter, unsigned blocks, unsigned* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // after the barrier it stands for what all threads wrote
-    *flag = atomicAdd(counter, 1u) + 1 == blocks ? 1 : 0;
-  }
-  __syncthreads();
-  const bool last = *flag != 0;
-  if (last) __threadfence();
-  return last;
 }
 
 }  // namespace cbam::cuda

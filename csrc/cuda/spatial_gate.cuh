@@ -62,7 +62,7 @@ __device__ void spatial_gate_of_tile(const SpatialGate<S>& args, const Tile& til
                                          map + window.at(run.row, run.column + dx), window.stride,
                                          sums);
       }
-      const A logit = meet(sums, parts) + bias;
+      const A logit = sum_run(sums, parts) + bias;
       const int i = owned_pixel(args.tiling, tile, run);
       if (i >= 0) args.keep(tile.sample, tile.pixel(args.width, run.row + i, run.column), logit);
     });

@@ -64,10 +64,14 @@ __device__ T load(const T* from) {
   return bit_cast<T>(__ldca(reinterpret_cast<const Raw<T>*>(from)));
 }
 
-// Data that other threads of the running launch wrote.
+// Asks the L2 cache for data that will be loaded soon, and waits for nothing.
 template <class T>
-__device__ T load_fresh(const T* from) {
-  return bit_cast<T>(__ldcg(reinterpret_cast<const Raw<T>*>(from)));
+__device__ void prefetch(const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(from);
+#endif
 }
 
 template <Use use = Use::kAgain, class T>
@@ -92,11 +96,20 @@ struct Packed<S, 1> {
   S value;
 };
 
+template <class S, int W>
+using Access = std::conditional_t<W == 1, Raw<S>, uint4>;
+
 template <class S, int W, Use use>
 __device__ Packed<S, W> load_packed(const S* from) {
-  using Access = std::conditional_t<W == 1, Raw<S>, uint4>;
-  const auto* raw = reinterpret_cast<const Access*>(from);
+  const auto* raw = reinterpret_cast<const Access<S, W>*>(from);
   return bit_cast<Packed<S, W>>(use == Use::kAgain ? __ldg(raw) : __ldcs(raw));
+}
+
+// W neighbouring elements of a parameter, which like `load` is read through the cache of the
+// multiprocessor.
+template <int W, class T>
+__device__ Packed<T, W> load_weights(const T* from) {
+  return bit_cast<Packed<T, W>>(__ldca(reinterpret_cast<const Access<T, W>*>(from)));
 }
 
 // Two elements of 16 bits.

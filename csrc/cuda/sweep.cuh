@@ -2,14 +2,25 @@
 // and per channel at once, or writes a feature map.
 //
 // Both layouts are a matrix for each sample: the rows are channels and the columns pixels in
-// contiguous tensors, the other way round in channels_last. A thread owns W neighbouring columns,
-// `lanes` threads side by side make a row of a tile, and the groups of lanes in a block take
-// different rows. So loads are coalesced in both layouts; values per column stay in registers, and
-// values per row meet by shuffles.
+// contiguous tensors, the other way round in channels_last. A block has some rows and some columns
+// of it. A thread reads pieces of W neighbouring columns, `lanes` threads side by side share a row,
+// and the groups of lanes in a block take different rows: loads are coalesced in both layouts. The
+// block's threads go
+//
+//   along the rows     where only sums per row are wanted. What belongs to a row stays in registers
+//                      to its end; then its lanes meet, by shuffles. Few lanes share a row, so that
+//                      each has several pieces of it. What belongs to a column is read by all rows,
+//                      from shared memory.
+//   down the columns   else. What belongs to a thread's columns stays in registers. Where both sums
+//                      are wanted, lanes meet for every row; columns meet at the end, in shared
+//                      memory.
 //
 //   launch   one block for each (sample, row span, column span); see plan.h
 //   traffic  each input once; per row and per column span (and the other way round) one partial
 //            result, which the launch that needs it adds up in the order of the spans
+//
+// No launch writes what a sweep reads as x and g. So a block reads the first of it before it waits
+// for the launches before.
 //
 // What is added up is a Body:
 //
@@ -17,173 +28,31 @@
 //   Body::Pixel, Channel       accumulators (reduce.cuh), or Nothing
 //   Body::PixelFactor, ChannelFactor   what an element needs of its pixel's and channel's maps
 //   Body::kInputs, kUse        1 or 2 feature maps to read, and whether for the last time
-//   Body::kRows                rows that a thread has in flight
-//   Body::kWrites, kFinishes   whether it writes a feature map; whether finish() is called
+//   Body::kRowsDown<layout>    rows that a thread has in flight, down the columns
+//   Body::kRowsAlong, kPieces  rows, and pieces of each, along the rows
+//   Body::kEarly               whether it reads before it waits: it needs some registers more
+//   Body::kReversed            whether blocks begin at the end: what the launch before read last is
+//                              still in the L2 cache
+//   Body::kWrites              whether it writes a feature map
 //   x, g, output               feature maps
 //   pixel_factors<W>, channel_factors<W>(place, first, to)     W of them, from the block's `first`
 //   start_pixel(channel), start_channel(pixel)
 //                              accumulators, given the first index that they will meet
 //   visit(...)                 one element
 //   store_pixel, store_channel  a partial result
-//   finish(...)                what the last block of a sample does
 #pragma once
 
+#include <algorithm>
+
+#include "axes.cuh"
 #include "launch.cuh"
-#include "reduce.cuh"
 
 namespace cbam::cuda {
 
-// Where a block works. What counts blocks, channels, or pixels of a block fits into 32 bits; pixels
-// of a sample and offsets in tensors need 64. A Body's accumulators count channels from the
-// sample's first, and pixels from the block's.
-struct alignas(16) Place {
-  int sample;  // of the chunk
-  int64_t first_pixel;
-  int first_channel;
-  int pixel_span, channel_span;  // index of the block's spans in the sample
-  // Of the block's first in maps [chunk, P] and [chunk, C].
-  int64_t pixel_origin, channel_origin;
-  int64_t origin;  // of its first element in the feature map
-  int row_count, column_count;
-};
-static_assert(sizeof(Place) <= kPlaceBytes, "what the plan counts with");
+// Shared memory: the place; the totals of the block's rows; then what columns need along the rows,
+// for so many of them at once, or what they leave down the columns.
+constexpr int kStaged = 512;
 
-// A block's part of the matrix.
-struct Cut {
-  int sample, row_span, column_span;
-  int64_t first_row, first_column;
-  int row_count, column_count;
-};
-
-inline __device__ Cut cut_of(const Sweep& sweep, int block, int64_t rows, int64_t columns) {
-  const int blocks = static_cast<int>(sweep.blocks);
-  const int column_spans = static_cast<int>(sweep.column_spans);
-  Cut cut;
-  cut.sample = block / blocks;
-  const int in_sample = block - cut.sample * blocks;
-  cut.row_span = in_sample / column_spans;
-  cut.column_span = in_sample - cut.row_span * column_spans;
-  cut.first_row = cut.row_span * sweep.row_span;
-  cut.first_column = cut.column_span * sweep.column_span;
-  cut.row_count = static_cast<int>(smaller(sweep.row_span, rows - cut.first_row));
-  cut.column_count = static_cast<int>(smaller(sweep.column_span, columns - cut.first_column));
-  return cut;
-}
-
-// The factors that are plain numbers have no index.
-template <class T>
-__device__ void move_index(T& factor, int by) {
-  if constexpr (!std::is_arithmetic_v<T>) factor.move_index(by);
-}
-
-// Rows and columns of a layout in terms of pixels and channels.
-template <class Body, Layout layout>
-struct Axes {
-  static constexpr bool kRowsAreChannels = layout == Layout::kNCHW;
-  template <class OfChannel, class OfPixel>
-  using RowOf = std::conditional_t<kRowsAreChannels, OfChannel, OfPixel>;
-  template <class OfChannel, class OfPixel>
-  using ColumnOf = std::conditional_t<kRowsAreChannels, OfPixel, OfChannel>;
-
-  using A = typename Body::A;
-  using Row = RowOf<typename Body::Channel, typename Body::Pixel>;
-  using Column = ColumnOf<typename Body::Channel, typename Body::Pixel>;
-  using RowFactor = RowOf<typename Body::ChannelFactor, typename Body::PixelFactor>;
-  using ColumnFactor = ColumnOf<typename Body::ChannelFactor, typename Body::PixelFactor>;
-
-  static __device__ int64_t rows(const Body& body) {
-    return kRowsAreChannels ? body.channels : body.pixels;
-  }
-  static __device__ int64_t columns(const Body& body) {
-    return kRowsAreChannels ? body.pixels : body.channels;
-  }
-
-  static __device__ Place place(const Body& body, const Sweep& sweep, int block) {
-    const Cut cut = cut_of(sweep, block, rows(body), columns(body));
-    const int64_t first_channel = kRowsAreChannels ? cut.first_row : cut.first_column;
-    const int64_t first_pixel = kRowsAreChannels ? cut.first_column : cut.first_row;
-    Place at;
-    at.sample = cut.sample;
-    at.first_channel = static_cast<int>(first_channel);
-    at.first_pixel = first_pixel;
-    at.channel_span = kRowsAreChannels ? cut.row_span : cut.column_span;
-    at.pixel_span = kRowsAreChannels ? cut.column_span : cut.row_span;
-    at.channel_origin = cut.sample * body.channels + first_channel;
-    at.pixel_origin = cut.sample * body.pixels + first_pixel;
-    const int64_t row_origin = kRowsAreChannels ? at.channel_origin : at.pixel_origin;
-    at.origin = row_origin * columns(body) + cut.first_column;
-    at.row_count = cut.row_count;
-    at.column_count = cut.column_count;
-    return at;
-  }
-
-  // What an index along the columns of the block counts from.
-  static __device__ int first_column(const Place& at) {
-    return kRowsAreChannels ? 0 : at.first_channel;
-  }
-
-  static __device__ Row start_row(const Body& body) {
-    if constexpr (kRowsAreChannels) {
-      return body.start_channel(0);
-    } else {
-      return body.start_pixel(0);
-    }
-  }
-  static __device__ Column start_column(const Body& body, const Place& at, int row) {
-    if constexpr (kRowsAreChannels) {
-      return body.start_pixel(at.first_channel + row);
-    } else {
-      return body.start_channel(row);
-    }
-  }
-
-  static __device__ void row_factor(const Body& body, const Place& at, int row,
-                                    RowFactor (&to)[1]) {
-    if constexpr (kRowsAreChannels) {
-      body.channel_factors(at, row, to);
-    } else {
-      body.pixel_factors(at, row, to);
-    }
-  }
-  template <int W>
-  static __device__ void column_factors(const Body& body, const Place& at, int column,
-                                        ColumnFactor (&to)[W]) {
-    if constexpr (kRowsAreChannels) {
-      body.pixel_factors(at, column, to);
-    } else {
-      body.channel_factors(at, column, to);
-    }
-  }
-
-  static __device__ A visit(const Body& body, const Place& at, A x, A g, int row, int column,
-                            const RowFactor& row_factor, const ColumnFactor& column_factor,
-                            Row& of_row, Column& of_column) {
-    if constexpr (kRowsAreChannels) {
-      return body.visit(x, g, column, at.first_channel + row, column_factor, row_factor, of_column,
-                        of_row);
-    } else {
-      return body.visit(x, g, row, column, row_factor, column_factor, of_row, of_column);
-    }
-  }
-
-  static __device__ void store_row(const Body& body, const Place& at, int row, const Row& total) {
-    if constexpr (kRowsAreChannels) {
-      body.store_channel(at, row, total);
-    } else {
-      body.store_pixel(at, row, total);
-    }
-  }
-  static __device__ void store_column(const Body& body, const Place& at, int column,
-                                      const Column& total) {
-    if constexpr (kRowsAreChannels) {
-      body.store_pixel(at, column, total);
-    } else {
-      body.store_channel(at, column, total);
-    }
-  }
-};
-
-// Bytes of shared memory before the scratch of the column sums: the totals of the block's rows.
 template <class Row>
 __host__ __device__ int64_t row_total_bytes(const Sweep& sweep) {
   if constexpr (std::is_same_v<Row, Nothing>) return 0;
@@ -193,133 +62,272 @@ __host__ __device__ int64_t row_total_bytes(const Sweep& sweep) {
 template <class Body, Layout layout, int W>
 int64_t sweep_shared_bytes(const Sweep& sweep) {
   using In = Axes<Body, layout>;
+  int64_t bytes = kPlaceBytes + row_total_bytes<typename In::Row>(sweep);
+  if constexpr (In::kSumsColumns) bytes += kThreads / 2 * W * sizeof(typename In::Column);
+  if constexpr (In::kAlongRows && !std::is_same_v<typename In::ColumnFactor, Nothing>) {
+    bytes += std::min<int64_t>(kStaged, sweep.column_span) * sizeof(typename In::ColumnFactor);
+  }
+  return bytes;
+}
+
+// W values from shared memory, 16-byte aligned where W of them are a multiple of that.
+template <int W, class T>
+__device__ void read_shared(const T* from, T (&to)[W]) {
+  if constexpr (W * sizeof(T) % 16 != 0) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) to[i] = from[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(W * sizeof(T) / 16); ++i) {
+      const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+      memcpy(reinterpret_cast<char*>(to) + 16 * i, &bits, sizeof(bits));
+    }
+  }
+}
+
+// Where `here` goes is in shared memory, where it takes no registers. What launches before wrote
+// may be read after this.
+inline __device__ void begin_block(const Place& here, Place& at) {
+  if (threadIdx.x == 0) at = here;
+  wait_for_previous_launches();
+  __syncthreads();
+}
+
+// Lanes of a group hold parts of U rows, `groups` apart, the first of them being `row`. Their
+// totals are kept in shared memory, where they meet those of other columns of the block. A row
+// belongs to one group, so this needs no barrier until they are stored.
+template <int U, class Row>
+__device__ void keep_rows(Row (&rows)[U], const Team& team, int row, int row_count, bool first,
+                          Row* totals) {
+  const Row total = reduce_rows<U>(rows, team.lanes);
+  // Several lanes hold the total of one row; the first of them keeps it.
+  const int lane = lane_of(team), share = team.lanes / U;
+  const int owned = row + (U == 1 ? 0 : lane / share * team.groups);
+  if ((lane & (share - 1)) == 0 && owned < row_count) {
+    if (first) {
+      totals[owned] = total;
+    } else {
+      totals[owned].combine(total);
+    }
+  }
+}
+
+template <class Body, Layout layout, int W>
+__device__ void go_along_rows(const Body& body, const Sweep& sweep, const Place& here, Place& at) {
+  using In = Axes<Body, layout>;
+  using A = typename In::A;
+  using S = typename In::S;
+  using Row = typename In::Row;
+  using ColumnFactor = typename In::ColumnFactor;
+  static_assert(std::is_same_v<typename In::RowFactor, Nothing> && Body::kInputs == 1,
+                "no body that goes along the rows has these");
+  constexpr bool kStages = !std::is_same_v<ColumnFactor, Nothing>;
+  constexpr int U = Body::kRowsAlong, P = Body::kPieces;
+
+  const Team& team = sweep.along;
+  const int group = group_of(team);
+  const int row_count = here.row_count, column_count = here.column_count;
+  const int step = team.lanes * W;  // to the next piece
+  Row* const row_totals = shared_memory<Row>(kPlaceBytes);
+  ColumnFactor* const staged =
+      shared_memory<ColumnFactor>(kPlaceBytes + row_total_bytes<Row>(sweep));
+
+  // Where there are no more rows, what is left in these is added to totals that nobody keeps.
+  Packed<S, W> x[U][P] = {};
+  const auto load = [&](const S* from, int rows_left, int columns_left) {
+#pragma unroll
+    for (int u = 0; u < U; ++u, from += team.row_step) {
+      const S* piece = from;
+#pragma unroll
+      for (int j = 0; j < P; ++j, piece += step) {
+        if (u * team.groups < rows_left && j * step < columns_left) {
+          x[u][j] = load_packed<S, W, Body::kUse>(piece);
+        }
+      }
+    }
+  };
+  const int own = lane_of(team) * W;
+  const S* row_from = body.x + here.origin + group * In::columns(body) + own;
+  const int first_end = kStages ? smaller(kStaged, column_count) : column_count;
+  load(row_from, row_count - group, first_end - own);
+  begin_block(here, at);
+
+#pragma unroll 1
+  for (int begin = 0, end = first_end; begin < column_count;
+       row_from += end - begin, begin = end, end = smaller(end + kStaged, column_count)) {
+    if constexpr (kStages) {
+      if (begin > 0) __syncthreads();
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < end - begin; i += kThreads) {
+        ColumnFactor factor[1];
+        In::column_factors(body, at, begin + i, factor);
+        staged[i] = factor[0];
+      }
+      __syncthreads();
+    }
+    const S* from = row_from;
+    // All threads of a warp make the same number of turns: they meet in shuffles.
+#pragma unroll 1
+    for (int base = 0; base < row_count; base += U * team.groups, from += U * team.row_step) {
+      Row of_rows[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) of_rows[u] = In::start_row(body, at);
+      const int row = base + group;
+      const S* piece = from;
+#pragma unroll 1
+      for (int column = begin + own; column < end; column += P * step, piece += P * step) {
+        if (base > 0 || column > own) load(piece, row_count - row, end - column);
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+          const int first = column + j * step;
+          if (first >= end) break;
+          ColumnFactor factors[W];
+          if constexpr (kStages) read_shared<W>(staged + (first - begin), factors);
+          // Indices are counted from the piece, where they are known when the kernel is compiled.
+          const int origin = In::first_column(at) + first;
+#pragma unroll
+          for (int u = 0; u < U; ++u) {
+            A values[W];
+            unpack<S, W>(x[u][j], values);
+            of_rows[u].move_index(-origin);
+#pragma unroll
+            for (int i = 0; i < W; ++i) {
+              typename In::Column of_column;
+              In::visit(body, at, values[i], A{0}, row + u * team.groups, i,
+                        typename In::RowFactor{}, factors[i], of_rows[u], of_column);
+            }
+            of_rows[u].move_index(origin);
+          }
+        }
+      }
+      keep_rows<U>(of_rows, team, row, row_count, begin == 0, row_totals);
+    }
+  }
+}
+
+template <class Body, Layout layout, int W>
+__device__ void go_down_columns(const Body& body, const Sweep& sweep, const Place& here,
+                                Place& at) {
+  using In = Axes<Body, layout>;
+  using A = typename In::A;
+  using S = typename In::S;
+  using Row = typename In::Row;
   using Column = typename In::Column;
-  const int64_t place = kPlaceBytes + row_total_bytes<typename In::Row>(sweep);
-  const int64_t columns = std::is_same_v<Column, Nothing> ? 0 : kThreads / 2 * W * sizeof(Column);
-  const int64_t finish = Body::kFinishes ? kThreads * sizeof(typename Body::Scratch) : 0;
-  return place + columns > finish ? place + columns : finish;
+  constexpr int U = Body::template kRowsDown<layout>;
+
+  const Team& team = sweep.down;
+  const int group = group_of(team);
+  const int row_count = here.row_count;
+  Row* const row_totals = shared_memory<Row>(kPlaceBytes);
+  Column* const scratch = shared_memory<Column>(kPlaceBytes + row_total_bytes<Row>(sweep));
+
+  struct InFlight {
+    Packed<S, W> x[U], g[U];
+  };
+  const auto load = [&](InFlight& to, int64_t offset, int rows_left) {
+    const S* from = body.x + offset;
+    const S* from_g = body.g + offset;
+#pragma unroll
+    for (int u = 0; u < U; ++u, from += team.row_step, from_g += team.row_step) {
+      if (u * team.groups < rows_left) {
+        to.x[u] = load_packed<S, W, Body::kUse>(from);
+        if constexpr (Body::kInputs == 2) to.g[u] = load_packed<S, W, Body::kUse>(from_g);
+      }
+    }
+  };
+  const int own = lane_of(team) * W;
+  InFlight early;
+  if constexpr (Body::kEarly) {
+    load(early, here.origin + group * In::columns(body) + own,
+         own < here.column_count ? row_count - group : 0);
+  }
+  begin_block(here, at);
+
+#pragma unroll 1
+  for (int tile = 0; tile < at.column_count; tile += team.lanes * W) {
+    const int column = tile + own;
+    const bool active = column < at.column_count;
+    typename In::ColumnFactor column_factors[W];
+    Column of_columns[W];
+    if (active) In::column_factors(body, at, column, column_factors);
+#pragma unroll
+    for (int i = 0; i < W; ++i) of_columns[i] = In::start_column(body, at);
+
+    const int origin = In::first_column(at) + column;
+    int64_t offset = at.origin + group * In::columns(body) + column;
+    int rows_left = active ? row_count - group : 0;
+    // All threads of a warp make the same number of turns: they meet in shuffles.
+#pragma unroll 1
+    for (int base = 0; base < row_count; base += U * team.groups) {
+      const int first_row = base + group;
+      InFlight late;
+      InFlight& now = Body::kEarly ? early : late;
+      if (!Body::kEarly || base + tile > 0) load(now, offset, rows_left);
+      typename In::RowFactor row_factors[U][1];
+      // Where there are no more rows those of the last, so that no branch stands between loads.
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        In::row_factor(body, at, smaller(first_row + u * team.groups, row_count - 1),
+                       row_factors[u]);
+      }
+      Row of_rows[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        of_rows[u] = In::start_row(body, at);
+        if (u * team.groups < rows_left) {
+          // Along its own columns a thread counts from its first: indices that are known when the
+          // kernel is compiled take no registers.
+          move_index(row_factors[u][0], -origin);
+          of_rows[u].move_index(-origin);
+          A values[W], others[W] = {};
+          unpack<S, W>(now.x[u], values);
+          if constexpr (Body::kInputs == 2) unpack<S, W>(now.g[u], others);
+#pragma unroll
+          for (int i = 0; i < W; ++i) {
+            values[i] = In::visit(body, at, values[i], others[i], first_row + u * team.groups, i,
+                                  row_factors[u][0], column_factors[i], of_rows[u], of_columns[i]);
+          }
+          of_rows[u].move_index(origin);
+          if constexpr (Body::kWrites) {
+            store_output<S, W>(body.output + offset + u * team.row_step, values);
+          }
+        }
+      }
+      if constexpr (In::kSumsRows) {
+        keep_rows<U>(of_rows, team, first_row, row_count, tile == 0, row_totals);
+      }
+      offset += U * team.row_step;
+      rows_left -= U * team.groups;
+    }
+    if constexpr (In::kSumsColumns) {
+      if (tile > 0) __syncthreads();
+      reduce_groups<W>(of_columns, team.lanes, smaller(team.lanes * W, at.column_count - tile),
+                       scratch, [&](int element, const Column& total) {
+                         In::store_column(body, at, tile + element, total);
+                       });
+    }
+  }
 }
 
 template <class Body, Layout layout, int W>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Body::A>)
     sweep_kernel(const __grid_constant__ Body body, const Sweep sweep) {
-  using A = typename Body::A;
-  using S = typename Body::Storage;
   using In = Axes<Body, layout>;
   using Row = typename In::Row;
-  using Column = typename In::Column;
-  constexpr bool kSumsRows = !std::is_same_v<Row, Nothing>;
-  constexpr bool kSumsColumns = !std::is_same_v<Column, Nothing>;
-  constexpr int U = Body::kRows;
-  wait_for_previous_launches();
-
-  // Kept in shared memory, where it takes no registers.
+  const int block = static_cast<int>(Body::kReversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  const Place here = In::place(body, sweep, block);
   Place& at = *shared_memory<Place>();
-  if (threadIdx.x == 0) at = In::place(body, sweep, static_cast<int>(blockIdx.x));
-  __syncthreads();
-  const int row_count = at.row_count, column_count = at.column_count;
-  const int lanes = sweep.lanes, groups = sweep.groups;
-  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int group = static_cast<int>(threadIdx.x) / lanes;
-
-  // Several lanes hold the total of one row after reduce_rows; the first of them keeps it.
-  const int share = lanes / U;
-  const bool owns_row = (lane & (share - 1)) == 0;
-  const int owned_row = (U == 1 ? 0 : lane / share * groups) + group;
-
-  // Row totals over the tiles of the block; a row belongs to one group, so this needs no barrier
-  // until they are stored.
-  Row* const row_totals = shared_memory<Row>(kPlaceBytes);
-  Column* const scratch = shared_memory<Column>(kPlaceBytes + row_total_bytes<Row>(sweep));
-
-  for (int tile = 0; tile < column_count; tile += lanes * W) {
-    const int column = tile + lane * W;
-    const bool active = column < column_count;
-    typename In::ColumnFactor column_factors[W];
-    Column of_columns[W];
-    if (active) In::column_factors(body, at, column, column_factors);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      of_columns[i] = In::start_column(body, at, group);
-      if (!active || group >= row_count) of_columns[i].retire();
-    }
-
-    const int own_column = In::first_column(at) + column;
-    const int64_t step = sweep.row_step;
-    int64_t offset = at.origin + group * In::columns(body) + column;
-    // All threads of a warp make the same number of turns: they meet in shuffles.
-#pragma unroll 1
-    for (int base = 0; base < row_count; base += groups * U, offset += U * step) {
-      Packed<S, W> x[U], g[U];
-      typename In::RowFactor row_factors[U][1];
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int row = base + u * groups + group;
-        if (!active || row >= row_count) continue;
-        x[u] = load_packed<S, W, Body::kUse>(body.x + offset + u * step);
-        if constexpr (Body::kInputs == 2) {
-          g[u] = load_packed<S, W, Body::kUse>(body.g + offset + u * step);
-        }
-        In::row_factor(body, at, row, row_factors[u]);
-      }
-      Row of_rows[U];
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int row = base + u * groups + group;
-        const bool present = active && row < row_count;
-        of_rows[u] = In::start_row(body);
-        if (!present) {
-          of_rows[u].retire();
-          continue;
-        }
-        // Along its own columns a thread counts from its first: indices that are known when the
-        // kernel is compiled take no registers.
-        move_index(row_factors[u][0], -own_column);
-        A values[W], others[W] = {};
-        unpack<S, W>(x[u], values);
-        if constexpr (Body::kInputs == 2) unpack<S, W>(g[u], others);
-#pragma unroll
-        for (int i = 0; i < W; ++i) {
-          values[i] = In::visit(body, at, values[i], others[i], row, i, row_factors[u][0],
-                                column_factors[i], of_rows[u], of_columns[i]);
-        }
-        of_rows[u].move_index(own_column);
-        if constexpr (Body::kWrites) store_output<S, W>(body.output + offset + u * step, values);
-      }
-      if constexpr (kSumsRows) {
-        const Row total = reduce_rows<U>(of_rows, lanes);
-        const int row = base + owned_row;
-        if (owns_row && row < row_count) {
-          if (tile == 0) {
-            row_totals[row] = total;
-          } else {
-            row_totals[row].combine(total);
-          }
-        }
-      }
-    }
-    if constexpr (kSumsColumns) {
-      reduce_groups<W>(of_columns, lanes, scratch);
-      const int count = smaller(lanes * W, column_count - tile);
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-        In::store_column(body, at, tile + i, scratch[i % W * (kThreads / 2) + i / W]);
-      }
-    }
+  if constexpr (In::kAlongRows) {
+    go_along_rows<Body, layout, W>(body, sweep, here, at);
+  } else {
+    go_down_columns<Body, layout, W>(body, sweep, here, at);
   }
-  if constexpr (kSumsRows) {
-    __syncthreads();
+  if constexpr (In::kSumsRows) {
+    const Row* const row_totals = shared_memory<Row>(kPlaceBytes);
+    if constexpr (!In::kSumsColumns) __syncthreads();  // whose sums end with one
 #pragma unroll 1
-    for (int row = static_cast<int>(threadIdx.x); row < row_count; row += kThreads) {
+    for (int row = static_cast<int>(threadIdx.x); row < at.row_count; row += kThreads) {
       In::store_row(body, at, row, row_totals[row]);
-    }
-  }
-  if constexpr (Body::kFinishes) {
-    const Place here = at;
-    __syncthreads();  // shared memory is free for the flag, and for finish()
-    if (is_last_block(body.counters + here.sample, static_cast<unsigned>(sweep.blocks),
-                      shared_memory<unsigned>())) {
-      body.finish(here);
     }
   }
 }

@@ -30,7 +30,7 @@ Tensor launch_plan(const Tensor& question) {
   const cuda::Plan plan = cuda::make_plan(problem, pass, device);
   const int64_t answer[] = {plan.vector,
                             plan.chunk,
-                            plan.sweep.lanes,
+                            plan.sweep.down.lanes,
                             plan.sweep.row_span,
                             plan.sweep.column_span,
                             plan.sweep.row_spans,
@@ -38,6 +38,8 @@ Tensor launch_plan(const Tensor& question) {
                             plan.sweep.blocks,
                             plan.sweep.pixel_spans,
                             plan.sweep.channel_spans,
+                            plan.mlp.span,
+                            plan.mlp.blocks,
                             plan.tiling.rows,
                             plan.tiling.columns,
                             plan.tiling.tiles,

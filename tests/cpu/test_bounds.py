@@ -82,7 +82,7 @@ def test_nothing_is_read_beside_the_tensors(
         for shape in SHAPES:
             problem = Problem(shape, 5, 3, dtype, layout, biases="12c")
             arguments = draw(problem, generator)
-            for name, call in calls(backend, arguments, generator).items():
+            for name, call in calls(backend.ops, arguments, generator).items():
                 note(notes, f"{name} of {problem}")
                 operator = getattr(backend.ops, name)
                 expected = as_tensors(operator(*call))

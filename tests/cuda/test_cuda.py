@@ -5,7 +5,10 @@ Everything that the CUDA kernels share with the others stands in the other files
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 import cbam_ext
 from cbam_ext import reference
 
+from support.leaks import calls_of_the_operators, left_behind
 from support.samples import (
     NAMES,
     Arguments,
@@ -48,7 +52,7 @@ CASES = [
     Problem((3, 33, 40, 41), 5, 2, torch.float64, "nhwc"),
     Problem((40, 512, 7, 7), 7, 32, torch.float16),
 ]
-SLEEP = 200_000_000  # cycles: a tenth of a second
+SLEEP = 1_000_000_000  # cycles: half a second, longer than launching takes on a busy machine
 
 
 def make(problem: Problem, device: torch.device | str = "cuda") -> Arguments:
@@ -100,14 +104,16 @@ def test_200_repeats_give_the_same_bits(problem: Problem) -> None:
         assert_same(expected, everything(arguments, grad_output), f"repeat {i}")
 
 
+@pytest.mark.parametrize("kind", ["null", "side"])
 @pytest.mark.parametrize("problem", CASES, ids=str)
-def test_work_goes_to_the_current_stream(problem: Problem) -> None:
+def test_work_goes_to_the_current_stream(problem: Problem, kind: str) -> None:
     """Inputs that arrive late, behind a sleep: a launch on another stream would read the old."""
     arguments = make(problem)
     late = torch.randn_like(arguments.input), torch.randn_like(arguments.input)
     expected = everything((late[0], *arguments[1:]), late[1])
     grad_output = torch.zeros_like(arguments.input)
-    stream = torch.cuda.Stream()
+    # The default stream of PyTorch is the NULL stream of CUDA.
+    stream = torch.cuda.default_stream() if kind == "null" else torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP)
@@ -116,7 +122,7 @@ def test_work_goes_to_the_current_stream(problem: Problem) -> None:
         found = everything(arguments, grad_output)
         assert not stream.query(), "the operator waited for the device"
     stream.synchronize()
-    assert_same(expected, found, "on a side stream")
+    assert_same(expected, found, f"on the {kind} stream")
 
 
 def test_streams_do_not_share_scratch_memory() -> None:
@@ -134,6 +140,35 @@ def test_streams_do_not_share_scratch_memory() -> None:
     for i, results in enumerate(found):
         for result in results:
             assert_same(expected[i], result, f"stream {i}")
+
+
+# Pairs of sizes of the convolution. The last ones need different amounts of dynamic shared memory,
+# beyond what a kernel has unless it asks, so that each thread asks for another limit.
+@pytest.mark.parametrize("sizes", [(7, 7), (3, 7), (49, 61)], ids=str)
+def test_threads_launch_at_once(sizes: tuple[int, int]) -> None:
+    """Two threads that launch at the same time, again and again."""
+    calls = []
+    for size in sizes:
+        arguments = make(Problem((2, 16, 64, 64), size, 2))
+        calls.append((arguments, torch.randn_like(arguments.input)))
+    expected = [everything(*call) for call in calls]
+    torch.cuda.synchronize()
+    together = threading.Barrier(len(calls))
+
+    def work(number: int) -> list[list[Tensor]]:
+        found = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                together.wait(timeout=60)
+                found.append(everything(*calls[number]))
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        results = list(pool.map(work, range(len(calls))))
+    for number, found in enumerate(results):
+        for i, result in enumerate(found):
+            assert_same(expected[number], result, f"thread {number}, call {i}")
 
 
 @pytest.mark.parametrize("problem", CASES, ids=str)
@@ -189,6 +224,20 @@ def test_no_second_full_size_tensor(problem: Problem) -> None:
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(output, [x, *parameters], grad_output)
     assert peak() < 1.3  # the gradient
+
+
+def test_no_memory_is_left_behind() -> None:
+    """By calls of every kind, errors included."""
+
+    def count() -> int:
+        gc.collect()  # transforms of torch.func leave cycles
+        return torch.cuda.memory_allocated()
+
+    left = {
+        name: left_behind(call, count, times // 10)
+        for name, (times, call) in calls_of_the_operators("cuda").items()
+    }
+    assert not {name: size for name, size in left.items() if size}
 
 
 # ------------------------------------------------------------------------------------ large sizes

@@ -21,7 +21,6 @@ from support.samples import DTYPES
 
 T = TypeVar("T", bound=Callable[..., None])
 
-THREADS = 256  # of a block
 MAX_GRID = 2**31 - 1
 USUAL_SHARED = 48 << 10  # bytes of shared memory that every block may have without asking
 RUN = 4  # pixels of a column that a thread convolves together
@@ -113,11 +112,25 @@ def test_sweeps_cover_each_sample_once(plan: LaunchPlan) -> None:
     spans = (plan.pixel_spans, plan.channel_spans)
     assert (spans if plan.channels_last else spans[::-1]) == (plan.row_spans, plan.column_spans)
     assert max(plan.row_span, plan.column_span) < 2**31  # within a block indices have 32 bits
-    # A block goes over its columns in whole tiles, with lanes that all have work where they can.
-    tile = plan.lanes * plan.vector
+    # Blocks begin where accesses do, and most lanes have work where they can.
+    assert plan.column_span % plan.vector == 0
     assert is_power_of_two(plan.lanes) and 4 <= plan.lanes <= 32
-    assert plan.column_span % tile == 0
-    assert plan.lanes == 4 or tile < 2 * columns
+    assert plan.lanes == 4 or plan.lanes * plan.vector < 2 * min(plan.column_span, columns)
+
+
+@rules
+@given(plans())
+def test_the_mlp_covers_all_channels_once(plan: LaunchPlan) -> None:
+    c = plan.shape[1]
+    assert_covers(c, plan.mlp_span, plan.mlp_blocks)
+    assert is_power_of_two(plan.mlp_span) and plan.mlp_span <= 128
+    # Where a matrix is split, its pieces still begin at multiples of 16 bytes.
+    assert plan.mlp_blocks == 1 or plan.mlp_span % 8 == 0
+    # Every block adds up what all blocks of the launch before it left of the hidden units.
+    assert plan.mlp_span == 128 or plan.mlp_blocks <= 32
+    # Nor has it many partial results of channels, unless that would make even more of the others.
+    few = plan.mlp_span * plan.pixel_spans <= 4096
+    assert few or plan.mlp_span <= 8 or plan.mlp_blocks > 16
 
 
 @rules
@@ -132,11 +145,11 @@ def test_accesses_are_wide_where_they_can_be(plan: LaunchPlan) -> None:
 def test_only_high_blocks_split_channels(plan: LaunchPlan) -> None:
     """Each span of them costs maps of partial results."""
     c = plan.shape[1]
-    row_bytes = plan.lanes * plan.vector * plan.dtype.itemsize
     if not plan.channels_last and plan.channel_spans > 1 and c <= 1024:
-        narrow = plan.vector == 1 or row_bytes <= 128 or 2 * THREADS // plan.lanes > c
-        # Rather narrow blocks than low ones, as long as they are wider than high.
-        assert narrow or plan.row_span >= plan.lanes * plan.vector
+        narrow = plan.vector == 1 or plan.column_span * plan.dtype.itemsize <= 128
+        # Rather narrow blocks than low ones, but for maps that must be cut into hundreds of them.
+        assert narrow or plan.pixel_spans > 256 or 2 * plan.row_span >= plan.column_span
+        assert plan.channel_spans <= 16
 
 
 @rules
@@ -191,7 +204,7 @@ def test_chunks(plan: LaunchPlan) -> None:
     fits = plan.gpu.l2_bytes >= tensors * plan.sample_bytes
     pays = budget >= plan.gpu.multiprocessors * (96 << 10) and fits
     held = max(1, budget // (tensors * plan.sample_bytes)) if pays else max(n, 1)
-    most = max(1, min(n, held, MAX_GRID // max(plan.sweep_blocks, plan.tiles)))
+    most = max(1, min(n, held, MAX_GRID // max(plan.sweep_blocks, plan.tiles, plan.mlp_blocks)))
     # As few chunks as there can be, and all of about the same size.
     chunks = -(-n // most)
     assert plan.chunk == max(1, -(-n // max(chunks, 1)))
@@ -243,7 +256,7 @@ def test_common_problems_fill_an_h100(
 FILLED = {
     (8, 64, 56, 56): 390,
     (1, 64, 128, 128): 256,
-    (8, 512, 7, 7): 112,
+    (8, 512, 7, 7): 48,  # of 8 KiB each: in blocks of 4 KiB, sweeps take a third longer
     (1, 128, 64, 64): 64,
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from emulation import build
+from emulation.build import Build
 from emulation.toys import FAULTS
 
 pytestmark = pytest.mark.slow
@@ -30,11 +31,11 @@ def floats(*values):
 """
 
 
-def _run_toys_alone(program: str, sanitize: bool) -> subprocess.CompletedProcess[str]:
-    path = build.build_toys(sanitize)
+def _run_toys_alone(program: str, kind: Build) -> subprocess.CompletedProcess[str]:
+    path = build.build_toys(kind)
     return subprocess.run(
         [sys.executable, "-c", TOYS_ALONE + textwrap.dedent(program), str(path)],
-        env=build.sanitizer_environment() if sanitize else None,
+        env=build.sanitizer_environment() if kind is Build.SANITIZED else None,
         capture_output=True,
         text=True,
         timeout=300,
@@ -63,7 +64,7 @@ def test_right_kernels_are_clean_under_sanitizers() -> None:
             good()
         print("done")
         """,
-        sanitize=True,
+        Build.SANITIZED,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "divergent barrier" in done.stdout
@@ -82,7 +83,7 @@ def test_right_kernels_are_clean_under_sanitizers() -> None:
 )
 def test_out_of_bounds_is_found_by_sanitizers(fault: str, error: str) -> None:
     program = f"call('fault', 3, 96, {FAULTS.index(fault)}, floats(*[0] * 3 * 96))"
-    done = _run_toys_alone(program, sanitize=True)
+    done = _run_toys_alone(program, Build.SANITIZED)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert error in done.stderr
@@ -99,4 +100,4 @@ def test_operators_are_clean_under_sanitizers() -> None:
 def test_a_stack_that_overflows_is_stopped() -> None:
     """By the page under it, not by writing into the next stack."""
     program = f"call('fault', 1, 1, {FAULTS.index('deep stack')}, floats(0, 0))"
-    assert _run_toys_alone(program, sanitize=False).returncode == -signal.SIGSEGV
+    assert _run_toys_alone(program, Build.FAST).returncode == -signal.SIGSEGV

@@ -7,6 +7,7 @@ CBAM_EMULATION_SANITIZE  1: load() takes the build with AddressSanitizer and UBS
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 from pathlib import Path
@@ -21,62 +22,98 @@ from support.packages import CHECKOUT
 
 HERE = Path(__file__).resolve().parent
 
+
+class Build(enum.Enum):
+    """What a library is for."""
+
+    FAST = "fast"
+    SANITIZED = "sanitized"  # AddressSanitizer and UBSan
+    INSTRUMENTED = "instrumented"  # tells the detector of races of every access to shared memory
+
+
+# Of the operators. The instrumented ones are loaded beside those of the fast build.
+NAMESPACES = {
+    Build.FAST: "cbam_emulated",
+    Build.SANITIZED: "cbam_emulated",
+    Build.INSTRUMENTED: "cbam_instrumented",
+}
+
 # The GPU's compiler lets kernels see one buffer as several types, so must this one.
-_FLAGS = ("-Wno-unknown-pragmas", "-Wno-uninitialized", "-fno-strict-aliasing")
+_COMMON = ("-Wno-unknown-pragmas", "-Wno-uninitialized", "-fno-strict-aliasing")
 _FAST = ("-O2", "-g0")
-_SANITIZED = (
-    "-O0",  # compiling takes a multiple of the time otherwise, and more than it saves
-    "-g1",
-    "-fno-omit-frame-pointer",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize=vptr",  # wants the run-time types of classes that torch keeps to itself
-    "-fno-sanitize-recover=all",
-)
+_FLAGS = {
+    Build.FAST: _FAST,
+    Build.SANITIZED: (
+        "-O0",  # compiling takes a multiple of the time otherwise, and more than it saves
+        "-g1",
+        "-fno-omit-frame-pointer",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=vptr",  # wants the run-time types of classes that torch keeps to itself
+        "-fno-sanitize-recover=all",
+    ),
+    Build.INSTRUMENTED: _FAST,
+}
+# Of the kernels, not of the runtime, which is what their accesses are told to. Linked without it.
+_KERNEL_FLAGS = {Build.INSTRUMENTED: ("-O1", "-g1", "-fsanitize=thread")}
 
 _RUNTIME = tuple(sorted((HERE / "runtime").glob("*.cpp")))
 _FOLDERS = (HERE / "include", HERE / "runtime")
 
 
-def build(sanitize: bool = False) -> Path:
+@functools.cache
+def build(kind: Build = Build.FAST) -> Path:
     """The library of the emulated operators, compiled if its sources have changed."""
     names = ("forward.cu", "backward.cu", "apply_backward.cu", "plan.cpp")
     kernels = [CSRC / "cuda" / name for name in names]
     arguments = [CSRC / "torch" / name for name in ("checks.cpp", "tensors.cpp")]
     torch_folder = Path(torch.__file__).resolve().parent
+    instrumented = kind is Build.INSTRUMENTED
+    operators = HERE / ("instrumented_library.cpp" if instrumented else "library.cpp")
     library = Library(
         "operators",
-        (*kernels, *arguments, HERE / "library.cpp", *_RUNTIME),
-        compilation.headers_in(*_FOLDERS, CSRC),
+        (*kernels, *arguments, operators, *_RUNTIME),
+        (*compilation.headers_in(*_FOLDERS, CSRC), HERE / "library.cpp"),
         # The one folder: enough for the stable ABI. As system headers they give no warnings.
-        (*_flags(sanitize), "-isystem", str(torch_folder / "include")),
-        (*_linked(sanitize), *_torch_libraries(torch_folder / "lib")),
+        (*_flags(kind), "-isystem", str(torch_folder / "include")),
+        (*_linked(kind), *_torch_libraries(torch_folder / "lib")),
         (torch.__version__,),
+        _KERNEL_FLAGS.get(kind, ()),
     )
     return compilation.build(library, _cache_folder())
-
-
-def build_toys(sanitize: bool = False) -> Path:
-    """The library of the toy kernels, which need no torch."""
-    library = Library(
-        "toys",
-        (HERE / "toys.cu", *_RUNTIME),
-        compilation.headers_in(*_FOLDERS),
-        _flags(sanitize),
-        _linked(sanitize),
-    )
-    return compilation.build(library, _cache_folder())
-
-
-def load() -> None:
-    """Makes ``torch.ops.cbam_emulated`` exist, without its Python half."""
-    if not torch._C._jit_get_schemas_for_operator("cbam_emulated::forward"):
-        torch.ops.load_library(str(loaded_path()))
 
 
 @functools.cache
+def build_toys(kind: Build = Build.FAST) -> Path:
+    """The library of the toy kernels, which need no torch."""
+    library = Library(
+        "toys",
+        (HERE / "toys.cu", HERE / "racing_toys.cu", *_RUNTIME),
+        (*compilation.headers_in(*_FOLDERS), HERE / "toys.cuh"),
+        _flags(kind),
+        _linked(kind),
+        kernel_flags=_KERNEL_FLAGS.get(kind, ()),
+    )
+    return compilation.build(library, _cache_folder())
+
+
+def load(kind: Build | None = None) -> None:
+    """Makes ``torch.ops.cbam_emulated`` exist, without its Python half.
+
+    Or what NAMESPACES has for the kind; without one, that of this process.
+    """
+    kind = kind or _kind_of_process()
+    if not torch._C._jit_get_schemas_for_operator(f"{NAMESPACES[kind]}::forward"):
+        torch.ops.load_library(str(build(kind)))
+
+
 def loaded_path() -> Path:
     """The library that load() takes in this process."""
-    return build(sanitize=os.environ.get("CBAM_EMULATION_SANITIZE") == "1")
+    return build(_kind_of_process())
+
+
+def _kind_of_process() -> Build:
+    sanitized = os.environ.get("CBAM_EMULATION_SANITIZE") == "1"
+    return Build.SANITIZED if sanitized else Build.FAST
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -97,13 +134,13 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-def _flags(sanitize: bool) -> tuple[str, ...]:
-    flags = (*_FLAGS, *(_SANITIZED if sanitize else _FAST), f"-I{HERE / 'include'}")
+def _flags(kind: Build) -> tuple[str, ...]:
+    flags = (*_COMMON, *_FLAGS[kind], f"-I{HERE / 'include'}")
     return compilation.product_flags(*flags, without=("-O", "-g"))
 
 
-def _linked(sanitize: bool) -> tuple[str, ...]:
-    return ("-ldl", "-shared-libasan") if sanitize and _by_clang() else ("-ldl",)
+def _linked(kind: Build) -> tuple[str, ...]:
+    return ("-ldl", "-shared-libasan") if kind is Build.SANITIZED and _by_clang() else ("-ldl",)
 
 
 def _torch_libraries(folder: Path) -> tuple[str, ...]:

@@ -2,8 +2,6 @@
 // emulated device. `operators()` in control.py sets that device and reads its counters.
 #include "../../csrc/torch/operators.h"
 
-#include <cstring>
-
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/torch/schemas.h"
 #include "runtime/device.h"
@@ -27,8 +25,7 @@ struct Emulated {
     const int64_t bytes = cuda::workspace_bytes(args, queue.device);
     const Tensor workspace = empty(input, {bytes}, ScalarType::Byte);
     queue.workspace = workspace.mutable_data_ptr();
-    // Nothing may rely on what fresh memory holds: NaN, and -1 in a counter.
-    if (bytes > 0) std::memset(queue.workspace, 0xff, static_cast<size_t>(bytes));
+    if (bytes > 0) emulation::fresh(queue.workspace, static_cast<size_t>(bytes));
     cuda::run(args, queue);
   }
 };

@@ -19,7 +19,8 @@ import torch  # noqa: E402
 
 import cbam_ext  # noqa: E402
 
-from emulation import Emulation, build  # noqa: E402
+from emulation import Emulation, build, exercise  # noqa: E402
+from emulation.build import Build  # noqa: E402
 from emulation.control import ORDERS  # noqa: E402
 from support import samples  # noqa: E402
 from support.samples import Arguments, Problem  # noqa: E402
@@ -50,19 +51,8 @@ def run(problem: Problem, misaligned: bool, generator: torch.Generator) -> None:
         upstream = samples.draw_like(output, generator)
         gradients = torch.autograd.grad(output, present, upstream, retain_graph=True)
         assert all(gradient.isfinite().all() for gradient in gradients)
-    run_pieces(arguments)
-
-
-def run_pieces(arguments: Arguments) -> None:
-    """What is around layers that PyTorch runs; any maps of the right shape serve as gradients."""
-    ops = torch.ops.cbam_emulated
-    x = arguments.input
-    channel_gate, spatial_gate = ops.gates(*arguments)
-    pooled, stats = ops._pool(x), ops._channel_stats(x, channel_gate)
-    grad_gate = ops._channel_stats_backward(stats, x, channel_gate)
-    grad_input = ops._pool_backward(pooled, x, x, channel_gate, spatial_gate, stats)
-    for result in (pooled, stats, grad_gate, grad_input):
-        assert result.isfinite().all()
+    for results in exercise.run_all(torch.ops.cbam_emulated, arguments, generator).values():
+        assert all(result.isfinite().all() for result in results)
 
 
 def _one_element_further(x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +62,7 @@ def _one_element_further(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     if os.environ.get("CBAM_EMULATION_SANITIZE") != "1":
-        build.build(sanitize=True)
+        build.build(Build.SANITIZED)
         command = [sys.executable, __file__]
         sys.exit(subprocess.run(command, env=build.sanitizer_environment()).returncode)
     build.load()

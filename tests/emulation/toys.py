@@ -1,4 +1,5 @@
-"""The toy kernels of toys.cu: right ones, and one for each fault that is to be found."""
+"""The toy kernels of toys.cu and racing_toys.cu: right ones, and one for each fault that is to be
+found."""
 
 from __future__ import annotations
 
@@ -34,6 +35,26 @@ FAULTS = (
     "deep stack",
 )
 
+# As in racing_toys.cu.
+STEPS = (
+    "read",
+    "write",
+    "read-byte",
+    "write-byte",
+    "add-shared",
+    "ldg",
+    "ldca",
+    "ldcg",
+    "store",
+    "add",
+    "barrier",
+    "syncwarp",
+    "shuffle",
+    "fence",
+    "wait",
+    "trigger",
+)
+
 
 class Toys(Emulation):
     """Calls toy_<name>; tensors go as pointers. Raises what the launch threw."""
@@ -49,6 +70,28 @@ class Toys(Emulation):
         out = torch.zeros(grid * block + 1)
         self("fault", grid, block, FAULTS.index(name), out)
         return out[:-1]
+
+    def follow(
+        self, program: str, data: Tensor, grid: int = 2, block: int = 64, dependent: bool = False
+    ) -> None:
+        """Launches threads that take the steps of a program, which ";" parts.
+
+        "0.33 store 5": thread 33 of block 0 stores to word 5 of ``data``; "0 barrier": all of its
+        threads; "barrier": all of the grid. A place in shared memory is a word or a byte.
+        """
+        steps = torch.tensor([_step(step) for step in program.split(";")], dtype=torch.int32)
+        out = torch.empty(grid * block, dtype=torch.int32)
+        self("follow", grid, block, dependent, len(steps), steps, data, out)
+
+
+def _step(text: str) -> list[int]:
+    words = text.split()
+    block = thread = place = -1
+    if words[0] not in STEPS:
+        block, _, thread = words.pop(0).partition(".")
+    if len(words) == 2:
+        place = words[1]
+    return [int(block), int(thread or -1), STEPS.index(words[0]), int(place)]
 
 
 def _c_argument(value: Tensor | int | ctypes._SimpleCData) -> ctypes._SimpleCData:

@@ -120,7 +120,7 @@ def test_decompositions_compute_the_same(
     backend: Backend, name: str, problem: Problem, generator: torch.Generator
 ) -> None:
     arguments = draw(problem, generator, backend.device)
-    call = calls(backend, arguments, generator)[name]
+    call = calls(backend.ops, arguments, generator)[name]
     decomposition = cbam_ext.decompositions()[getattr(torch.ops.cbam, name).default]
     for flags in [(), (True, False, False), (False, True, False), (False, False, True)]:
         if flags and call[-1] is not True:

@@ -158,7 +158,7 @@ def test_kernels_ask_for_the_devices(
 ) -> None:
     """As they are met where CPU and CUDA are mixed: no fake kernel is asked then."""
     arguments = draw(Problem((2, 6, 4, 5), 3, 5, biases="12c"), generator, backend.device)
-    call = operators.calls(backend, arguments, generator)[name]
+    call = operators.calls(backend.ops, arguments, generator)[name]
     overload = getattr(backend.ops, name).default
     kernel = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, backend.device.type.upper()))
     overload.redispatch(kernel, *call)

@@ -376,7 +376,7 @@ def small_device(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]
     request.getfixturevalue("emulation")
     from emulation import operators
 
-    yield lambda: operators().configure(multiprocessors=1, l2_bytes=0)
+    yield lambda: operators().configure(multiprocessors=1, l2_bytes=240 << 10)
     operators().configure()
 
 
@@ -395,7 +395,7 @@ def test_chunks_of_samples(
 
     with operators().record() as recording:
         found = call(backend, sample)
-    assert len(recording.kernels) == 3 * (1 + 2 + 3 + 4)
+    assert len(recording.kernels) == 3 * (2 + 2 + 4 + 5)
     for one, other in zip(found, expected, strict=True):
         assert same_bits(one, other)
 

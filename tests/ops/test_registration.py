@@ -57,7 +57,7 @@ def test_opcheck_of_the_diagnostics() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend: Backend, name: str, problem: Problem, generator: torch.Generator) -> None:
     arguments = draw(problem, generator, backend.device)
-    call = calls(backend, arguments, generator)[name]
+    call = calls(backend.ops, arguments, generator)[name]
     if name in ("forward", "_forward_train"):
         call = tuple(None if t is None else t.requires_grad_() for t in call)
     # A half gradient is compared with itself, but by way of float sums in another order.
@@ -92,7 +92,7 @@ def test_fake_results_look_like_real_ones(
         conv_weight=arguments.conv_weight.contiguous(memory_format=torch.channels_last),
         fc2_weight=arguments.fc2_weight.T.contiguous().T,
     )
-    for name, call in calls(backend, arguments, generator).items():
+    for name, call in calls(backend.ops, arguments, generator).items():
         variants = [call]
         if call[-1] is True:
             variants += [(*call[:-3], *flags) for flags in FLAGS]

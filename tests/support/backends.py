@@ -66,3 +66,14 @@ def backends() -> list[Backend]:
         if torch.cuda.is_available() and cbam_ext.ops.has_kernels("cuda"):
             names.add("cuda")
     return [backend for name, backend in BACKENDS.items() if name in names]
+
+
+def gpu_is_lost() -> bool:
+    """Whether this process has met an error, such as an illegal access, that CUDA never forgets."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -37,6 +37,7 @@ class Library:
     flags: tuple[str, ...]
     linked: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()  # what else it depends on
+    kernel_flags: tuple[str, ...] = ()  # of .cu files, behind the others
 
 
 def headers_in(*folders: Path) -> tuple[Path, ...]:
@@ -61,9 +62,11 @@ def build(library: Library, cache: Path) -> Path:
         _feed(common, path)
     cache.mkdir(parents=True, exist_ok=True)
     objects = []
+    flags = {path: library.kernel_flags if path.suffix == ".cu" else () for path in library.sources}
     for source in library.sources:
         digest = common.copy()
         _feed(digest, source)
+        digest.update(repr(flags[source]).encode())
         objects.append(cache / f"{source.stem}-{digest.hexdigest()[:16]}.o")
     digest = hashlib.sha256("".join(path.name for path in objects).encode())
     target = cache / f"lib{library.name}-{digest.hexdigest()[:16]}.so"
@@ -71,7 +74,7 @@ def build(library: Library, cache: Path) -> Path:
         if not target.exists():
             with ThreadPoolExecutor(JOBS) as pool:
                 jobs = [
-                    pool.submit(_compile_one, command, source, object_file)
+                    pool.submit(_compile_one, [*command, *flags[source]], source, object_file)
                     for source, object_file in zip(library.sources, objects, strict=True)
                     if not object_file.exists()
                 ]

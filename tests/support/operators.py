@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .backends import Backend
 from .samples import Arguments, draw_like
 
 FIRST = ("forward", "gates", "_forward_train", "_logits")
@@ -15,18 +14,16 @@ PIECES = ("_pool", "_channel_stats", "_channel_stats_backward", "_pool_backward"
 NAMES = (*FIRST, *PHASES, *PIECES)
 
 
-def calls(
-    backend: Backend, arguments: Arguments, generator: torch.Generator
-) -> dict[str, tuple[Any, ...]]:
-    """Valid arguments of every operator; those of later ones come from the earlier ones."""
+def calls(ops: Any, arguments: Arguments, generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
+    """Valid arguments of every operator in ``ops``; those of later ones come from the earlier."""
     x, *parameters = arguments
     g = draw_like(x, generator)
-    channel_gate, spatial_gate = backend.ops.gates(*arguments)
-    _, logits = backend.ops._logits(*arguments)
+    channel_gate, spatial_gate = ops.gates(*arguments)
+    _, logits = ops._logits(*arguments)
     gate_gradient = draw_like(channel_gate, generator)
     logit_gradient = draw_like(logits, generator)
-    stats = backend.ops._channel_stats(x, channel_gate)
-    grad_stats, grad_pooled = (draw_like(t, generator) for t in (stats, backend.ops._pool(x)))
+    stats = ops._channel_stats(x, channel_gate)
+    grad_stats, grad_pooled = (draw_like(t, generator) for t in (stats, ops._pool(x)))
     flags = (True, True, True)
     return {
         **{name: tuple(arguments) for name in FIRST},

@@ -436,6 +436,10 @@ _CASES = [
     ((1, 48, 33, 40), 7, 3, "relu", "2"),
     ((2, 40, 6, 5), 3, 37, "normal", "1"),
     ((1, 70000, 1, 1), 1, 1, "normal", ""),
+    ((2, 264, 3, 4), 3, 24, "relu", "12"),  # more channels than one block of the MLP takes,
+    ((1, 24, 5, 4), 3, 300, "normal", "1"),  # more hidden units,
+    ((1, 17, 128, 65), 1, 2, "quantised", "2c"),  # more partial results,
+    ((70, 6, 2, 2), 1, 3, "normal", "12"),  # and more samples than one thread adds up
 ]
 
 

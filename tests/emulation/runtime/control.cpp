@@ -1,8 +1,12 @@
 // What tests/emulation/control.py calls, by ctypes: plain C functions, texts as JSON.
+#include <dlfcn.h>
+
 #include <exception>
 #include <sstream>
+#include <utility>
 
 #include "device.h"
+#include "races.h"
 
 #define EMULATION_API extern "C" __attribute__((visibility("default")))
 
@@ -24,6 +28,49 @@ void write(std::ostream& out, const Record& record) {
       << ", \"wide_stores\": " << counters.wide_stores << ", \"atomics\": " << counters.atomics
       << ", \"memory_read\": " << record.memory_read
       << ", \"memory_written\": " << record.memory_written << "}";
+}
+
+// Where in the library the call was made, for addr2line; 0 for none.
+uint64_t offset_of(const void* code) {
+  Dl_info info;
+  if (code == nullptr || dladdr(code, &info) == 0) return 0;
+  return static_cast<uint64_t>(static_cast<const char*>(code) -
+                               static_cast<const char*>(info.dli_fbase));
+}
+
+void write(std::ostream& out, const emulation::RaceDetector& detector,
+           const emulation::Entry& entry) {
+  const char* const names[] = {"ldg",  "ldca",   "ldcs", "ldcg", "stwb",
+                               "stcs", "atomic", "read", "write"};
+  out << "{\"kernel\": \"" << detector.kernel(entry.launch) << "\", \"launch\": " << entry.launch
+      << ", \"block\": " << entry.block << ", \"thread\": " << entry.thread << ", \"access\": \""
+      << names[entry.access] << "\", \"code\": " << offset_of(entry.code) << "}";
+}
+
+void write(std::ostream& out, const emulation::RaceDetector& detector,
+           const emulation::Conflict& conflict) {
+  const char* const names[] = {"race", "stale L1", "read-only path", "uninitialised", "overlap"};
+  out << "{\"finding\": \"" << names[static_cast<int>(conflict.finding)] << "\", \"memory\": \""
+      << (conflict.shared ? "shared" : "global") << "\", \"address\": " << conflict.address
+      << ", \"workspace\": ";
+  if (conflict.fresh) {
+    out << conflict.in_fresh;
+  } else {
+    out << "null";
+  }
+  out << ", \"count\": " << conflict.count << ", \"first\": ";
+  write(out, detector, conflict.first);
+  out << ", \"second\": ";
+  write(out, detector, conflict.second);
+  out << "}";
+}
+
+const char* const kSyncs[] = {"barrier", "syncwarp", "fence", "wait", "launch", "memset"};
+
+void write(std::ostream& out, const std::string& kernel, const emulation::SyncSite& sync) {
+  out << "{\"what\": \"" << kSyncs[static_cast<int>(sync.what)] << "\", \"kernel\": \"" << kernel
+      << "\", \"file\": \"" << sync.site.file << "\", \"line\": " << sync.site.line
+      << ", \"count\": " << sync.count << "}";
 }
 
 }  // namespace
@@ -93,6 +140,50 @@ EMULATION_API const char* emulation_stop_recording() {
     }
   }
   out << "], \"memory_read\": " << read << ", \"memory_written\": " << written << "}";
+  text = out.str();
+  return text.c_str();
+}
+
+// ------------------------------------------------------------------------------------------ races
+
+EMULATION_API void emulation_start_detecting() {
+  const std::lock_guard<std::mutex> lock(emulation::device_mutex());
+  emulation::race_detector() = std::make_unique<emulation::RaceDetector>();
+}
+
+// Takes away what orders, one of `kSyncs`, at one place of a kernel.
+EMULATION_API void emulation_remove_sync(int what, const char* kernel, const char* file, int line) {
+  const std::lock_guard<std::mutex> lock(emulation::device_mutex());
+  emulation::race_detector()->remove(static_cast<emulation::Sync>(what), kernel, file, line);
+}
+
+// As if somebody's kernel had been launched that writes this memory.
+EMULATION_API void emulation_foreign_launch(const char* name, const void* address, int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(emulation::device_mutex());
+  emulation::race_detector()->foreign_launch(name, address, static_cast<size_t>(bytes));
+}
+
+// Ends the search. The text is valid until the next call.
+EMULATION_API const char* emulation_stop_detecting() {
+  const std::lock_guard<std::mutex> lock(emulation::device_mutex());
+  static std::string text;
+  const std::unique_ptr<emulation::RaceDetector> done = std::move(emulation::race_detector());
+  std::ostringstream out;
+  const char* separator = "";
+  out << "{\"conflicts\": [";
+  for (const emulation::Conflict& conflict : done->conflicts()) {
+    out << std::exchange(separator, ", ");
+    write(out, *done, conflict);
+  }
+  separator = "";
+  out << "], \"syncs\": [";
+  for (const auto& [kernel, syncs] : done->syncs()) {
+    for (const emulation::SyncSite& sync : syncs) {
+      out << std::exchange(separator, ", ");
+      write(out, kernel, sync);
+    }
+  }
+  out << "]}";
   text = out.str();
   return text.c_str();
 }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "races.h"
 #include "symbols.h"
 
 namespace emulation {
@@ -33,7 +34,8 @@ void replay_traces() {
       any = true;
       const uint64_t entry = traces[thread][i];
       const unsigned access = entry & 7;
-      l2.access(entry >> 3, access == kStwb || access == kStcs, access == kLdcs || access == kStcs);
+      l2.access(entry >> 3, is_store(static_cast<Access>(access)),
+                access == kLdcs || access == kStcs);
     }
   }
   for (unsigned thread = 0; thread < blockDim.x; ++thread) traces[thread].clear();
@@ -113,14 +115,20 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(c
   const uint64_t read_before = l2 == nullptr ? 0 : l2->bytes_read;
   const uint64_t written_before = l2 == nullptr ? 0 : l2->bytes_written;
   counters = {};
-  tracing = record_to != nullptr && (l2 != nullptr || !record_to->regions.empty());
+  RaceDetector* const detector = race_detector().get();
+  tracing = detector != nullptr ||
+            (record_to != nullptr && (l2 != nullptr || !record_to->regions.empty()));
   std::string error;
+  if (detector != nullptr) {
+    detector->begin_launch(cached_name(kernel), config.blockDim.x, is_dependent(config));
+  }
   try {
     scheduler().run(config, body, context, l2 == nullptr ? nullptr : replay_traces);
   } catch (const std::runtime_error& failure) {
     error = failure.what();
   }
   tracing = false;
+  if (detector != nullptr) detector->end_launch();
   if (!error.empty()) {
     for (auto& trace : traces) trace.clear();
     throw std::runtime_error(named(error));
@@ -144,6 +152,7 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(c
 void memset(void* address, int value, size_t bytes) {
   const std::lock_guard<std::mutex> lock(device_mutex());
   std::memset(address, value, bytes);
+  if (RaceDetector* const detector = race_detector().get()) detector->memset(address, bytes);
   Recording* const record_to = recording().get();
   if (record_to == nullptr) return;
   Record record;
@@ -161,6 +170,12 @@ void memset(void* address, int value, size_t bytes) {
   record_to->records.push_back(std::move(record));
 }
 
+void fresh(void* address, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(device_mutex());
+  std::memset(address, 0xff, bytes);  // NaN, and -1 in a counter
+  if (RaceDetector* const detector = race_detector().get()) detector->fresh(address, bytes);
+}
+
 bool allow_shared_memory(const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(device_mutex());
   if (bytes > static_cast<size_t>(properties().shared_bytes)) return false;
@@ -168,12 +183,39 @@ bool allow_shared_memory(const void* kernel, size_t bytes) {
   return true;
 }
 
+// ---------------------------------------------------------------------------- the running thread
+
+unsigned atomic_add(unsigned* address, unsigned value) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(unsigned) != 0) {
+    fault("misaligned atomic access");
+  }
+  ++counters.atomics;
+  if (tracing) trace(address, sizeof(unsigned), kAtomic);
+  const unsigned old = *address;
+  *address = old + value;
+  return old;
+}
+
+void fence(Site site) {
+  if (RaceDetector* const detector = race_detector().get()) detector->fence(site);
+}
+void wait_for_previous_launch(Site site) {
+  if (RaceDetector* const detector = race_detector().get()) detector->wait(site);
+}
+void let_next_launch_begin() {
+  if (RaceDetector* const detector = race_detector().get()) detector->trigger();
+}
+
 void trace(const void* address, size_t bytes, Access access) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (RaceDetector* const detector = race_detector().get()) {
+    detector->access_global(address, bytes, access, __builtin_return_address(0));
+  }
+  if (recording() == nullptr) return;
   Recording& to = *recording();
   for (Region& region : to.regions) {
     if (begin < region.begin || begin >= region.end) continue;
-    (access == kStwb || access == kStcs ? region.stored : region.loaded) += bytes;
+    (is_store(access) ? region.stored : region.loaded) += bytes;
   }
   if (to.l2 == nullptr) return;
   traces[scheduler().thread()].push_back(begin / L2::kSectorBytes << 3 | access);

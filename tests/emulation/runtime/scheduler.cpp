@@ -6,6 +6,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "races.h"
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -60,6 +62,7 @@ void Scheduler::run(const cudaLaunchConfig_t& config, void (*body)(const void*),
                     const void* context, void (*end_of_round)()) {
   body_ = body;
   end_of_round_ = end_of_round;
+  detector_ = race_detector().get();
   body_context_ = context;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
@@ -99,6 +102,7 @@ bool Scheduler::next_block() {
   blockIdx.x = static_cast<unsigned>(first_block_ + (reverse ? blocks_ - 1 - block_ : block_));
   if (shared_bytes_ > 0) std::memset(shared_, kPoison, shared_bytes_);
   for (Thread& thread : threads_) thread.stop = Stop::kNotStarted;
+  if (detector_ != nullptr) detector_->begin_block(blockIdx.x, shared_, shared_bytes_);
   begin_block_round();
   return true;
 }
@@ -138,6 +142,9 @@ unsigned Scheduler::next_round() {
       if (!same_stop(first, first + lanes_, 1)) break;
       const Stop stop = threads_[first].stop;
       if (stop == Stop::kShuffle || stop == Stop::kSyncWarp) {
+        if (detector_ != nullptr && stop == Stop::kSyncWarp) {
+          detector_->sync_warp(warp_, lanes_, threads_[first].site);
+        }
         begin_warp_round();
         return next_lane();
       }
@@ -147,6 +154,7 @@ unsigned Scheduler::next_round() {
     if (!same_stop(0, block_threads_, kWarp)) break;
     if (end_of_round_ != nullptr) end_of_round_();
     if (threads_[0].stop == Stop::kBarrier) {
+      if (detector_ != nullptr) detector_->barrier(threads_[0].site);
       begin_block_round();
       continue;
     }
@@ -155,6 +163,7 @@ unsigned Scheduler::next_round() {
                   " bytes");
       break;
     }
+    if (detector_ != nullptr) detector_->end_block();
     if (!next_block()) break;
   }
   return kHost;

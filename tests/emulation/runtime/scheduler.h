@@ -15,6 +15,8 @@
 
 namespace emulation {
 
+class RaceDetector;
+
 // In which order blocks, warps (anew after every barrier) and lanes (anew after every shuffle) run.
 enum class Order { kForward, kReverse, kRandom };
 
@@ -89,6 +91,7 @@ class Scheduler {
   void (*body_)(const void*) = nullptr;
   const void* body_context_ = nullptr;
   void (*end_of_round_)() = nullptr;
+  RaceDetector* detector_ = nullptr;  // null while nobody looks for races
   std::string error_;
 
   Order order_ = Order::kForward;

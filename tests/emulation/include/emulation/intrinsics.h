@@ -10,7 +10,12 @@
 
 #include "emulation/half.h"
 
+// Writes of a function into what its caller assigns are not instrumented; inlined into it they are.
+#ifdef __SANITIZE_THREAD__
+#define __global__ __attribute__((flatten))
+#else
 #define __global__
+#endif
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -46,9 +51,24 @@ unsigned char* shared_memory();
 void barrier(Site site);
 void warp_barrier(Site site);
 uint64_t exchange(uint64_t value, unsigned source_lane, Site site);
+void fence(Site site);
+void wait_for_previous_launch(Site site);
+void let_next_launch_begin();
 [[noreturn]] void fault(const char* what);
 
-enum Access : unsigned { kLdg, kLdca, kLdcs, kLdcg, kStwb, kStcs, kAccessKinds };
+// The intrinsics that move bytes, an atomic, and what accesses shared memory.
+enum Access : uint8_t {
+  kLdg,
+  kLdca,
+  kLdcs,
+  kLdcg,
+  kStwb,
+  kStcs,
+  kAccessKinds,
+  kAtomic = kAccessKinds,
+  kPlainLoad,
+  kPlainStore
+};
 
 struct Counters {
   uint64_t bytes[kAccessKinds];
@@ -59,6 +79,7 @@ extern Counters counters;  // of the running launch
 
 extern bool tracing;  // whether somebody wants to know of every access
 void trace(const void* address, size_t bytes, Access access);
+unsigned atomic_add(unsigned* address, unsigned value);
 
 template <class T>
 inline constexpr bool is_memory_type =
@@ -136,18 +157,19 @@ inline T __shfl_sync(unsigned mask, T value, int lane, const char* file = __buil
   return emulation::shuffle(mask, value, static_cast<unsigned>(lane), {file, line});
 }
 
-// One thread runs at a time, in the order in which memory sees it.
-inline void __threadfence() {}
+// Of values these do nothing: one thread runs at a time, in the order in which memory sees it, and
+// a launch when the one before has ended.
+inline void __threadfence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::fence({file, line});
+}
+inline void cudaGridDependencySynchronize(const char* file = __builtin_FILE(),
+                                          int line = __builtin_LINE()) {
+  emulation::wait_for_previous_launch({file, line});
+}
+inline void cudaTriggerProgrammaticLaunchCompletion() { emulation::let_next_launch_begin(); }
 
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(unsigned) != 0) {
-    emulation::fault("misaligned atomic access");
-  }
-  ++emulation::counters.atomics;
-  if (emulation::tracing) emulation::trace(address, sizeof(unsigned), emulation::kStwb);
-  const unsigned old = *address;
-  *address = old + value;
-  return old;
+  return emulation::atomic_add(address, value);
 }
 
 template <class T>

@@ -45,6 +45,8 @@ namespace emulation {
 void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*),
             const void* context);
 void memset(void* address, int value, size_t bytes);
+// The host hands out memory whose content nobody may rely on.
+void fresh(void* address, size_t bytes);
 bool allow_shared_memory(const void* kernel, size_t bytes);
 }  // namespace emulation
 
