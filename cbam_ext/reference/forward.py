@@ -27,13 +27,18 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _has_autocast(device: str) -> bool:
+    # torch.compile of torch 2.10 cannot trace the question, so it is asked of rare devices alone.
+    return device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+
+
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """Runs ``function`` outside autocast, which would round gates and logits to half."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         device = args[0].device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not _has_autocast(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

@@ -30,12 +30,21 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Library = torch::stable::detail::StableLibrary;  // what the registration macros hand out
 
+// Throws what a function of the shim says went wrong.
+inline void check_shim(AOTITorchError libtorch_call) {
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+  STABLE_TORCH_ERROR_CODE_CHECK(libtorch_call);
+#else  // torch 2.10, which keeps the reason to itself
+  TORCH_ERROR_CODE_CHECK(libtorch_call);
+#endif
+}
+
 // A new tensor on the device of another. torch::stable::new_empty finds its operator by name on
 // every call, which takes as long again.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+  check_shim(aoti_torch_aten_new_empty(
       like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &number, /*layout=*/nullptr,
       /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr, &result));
   return Tensor(result);
@@ -49,8 +58,7 @@ using torch::stable::accelerator::DeviceGuard;
 // from torch 2.13 on.
 inline void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  check_shim(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 
