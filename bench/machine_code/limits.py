@@ -26,8 +26,7 @@ class Limits:
     stack: Mapping[str, int] = field(default_factory=dict)  # bytes of a kernel's stack; else none
 
 
-# Uncounted: where gates come as logits, the way of a division by what is tiny or huge.
-LIMITS = Limits(cost=100, mean_cost=50, uncounted=6)
+LIMITS = Limits(cost=100, mean_cost=50, uncounted=0)
 LEAST_OCCUPANCY = 0.5
 
 _REGISTERS = 65536

@@ -1,14 +1,15 @@
-// The gradient of forward's second phase alone, where something stands between the phases, in two
+// The gradient of forward's second phase alone, where something stands between the phases, in three
 // launches for each chunk of samples:
 //
-//   1  gate gradients   reads x, g   sum_c g u of each pixel, sum_p g sa x of each channel
-//   2  phase gradients  small maps   the spans added up: the gradients of the logits and of ca, and
-//                                    sa for the backward of the rest
+//   1  gates            small maps   sa from the logits, also for the backward of the rest
+//   2  gate gradients   reads x, g   sum_c g u of each pixel, sum_p g sa x of each channel
+//   3  phase gradients  small maps   the spans added up: the gradients of the logits and of ca
 //
-// The first is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
+// The second is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
 #include "call.cuh"
 #include "spans.cuh"
+#include "spatial_gate.cuh"
 
 namespace cbam::cuda {
 namespace {
@@ -21,10 +22,9 @@ struct PhaseGrads {
   int64_t pixel_spans, channel_spans;
   const A* gate_grads;   // [chunk, channel spans, P]
   const A* dots;         // [chunk, pixel spans, C]
-  const A* logits;       // [chunk, P]
+  const A* sa;           // [chunk, P]
   A* grad_channel_gate;  // [chunk, C]
   A* grad_logits;        // [chunk, P]
-  A* sa;                 // [chunk, P]
 };
 
 template <class A>
@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
   using A = Acc<S>;
   wait_for_previous_launches();
   each_in_grid(args.samples * args.pixels, [&](int64_t i) {
-    const A gate = sigmoid(load(args.logits + i));
+    const A gate = load(args.sa + i);
     const A grad = add_partials(args.gate_grads, i, args.pixels, args.channel_spans);
-    store(args.sa + i, gate);
     store(args.grad_logits + i, gate * (1 - gate) * grad);
   });
   each_in_grid(args.samples * args.channels, [&](int64_t i) {
@@ -68,10 +67,12 @@ void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, Phas
   const Problem& p = call.problem;
   const PhaseMemory<A>& memory = call.memory;
   call.each_chunk([&](const auto& chunk) {
-    const A* const logits = chunk.values(args.logits, p.pixels());
+    A* const sa = chunk.values(args.spatial_gate, p.pixels());
+    launch_gates(chunk, chunk.values(args.logits, p.pixels()), sa);
+
     chunk.sweep(GateGrads<S, false>{
         chunk.shape(chunk.features(args.input), chunk.features(args.grad_output)),
-        chunk.values(args.channel_gate, p.c), logits, memory.gate_grads, nullptr, nullptr, nullptr,
+        chunk.values(args.channel_gate, p.c), sa, memory.gate_grads, nullptr, nullptr, nullptr,
         memory.dots});
 
     PhaseGrads<S> sums{};
@@ -82,10 +83,9 @@ void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, Phas
     sums.channel_spans = call.plan.sweep.channel_spans;
     sums.gate_grads = memory.gate_grads;
     sums.dots = memory.dots;
-    sums.logits = logits;
+    sums.sa = sa;
     sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
     sums.grad_logits = chunk.values(args.grad_logits, p.pixels());
-    sums.sa = chunk.values(args.spatial_gate, p.pixels());
     call.launcher.launch_each(phase_grads_kernel<S>, chunk.samples * std::max(p.c, p.pixels()),
                               sums);
   });

@@ -64,16 +64,6 @@ struct Body {
   }
 };
 
-// Spatial gates of W pixels, which may come as logits.
-template <bool kLogits, int W, class A>
-__device__ void load_gates(const A* from, A (&to)[W]) {
-  load_values<W>(from, to);
-  if constexpr (kLogits) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) to[i] = sigmoid(to[i]);
-  }
-}
-
 template <class S>
 struct Pool : Body<S> {
   using A = Acc<S>;
@@ -128,8 +118,8 @@ struct ChannelStats : Body<S> {
   }
 };
 
-// y = sa ca x. The spatial gate comes as logits where something stands between forward's phases.
-template <class S, bool kLogits>
+// y = sa ca x.
+template <class S>
 struct Apply : Body<S> {
   using A = Acc<S>;
   using PixelFactor = A;    // sa
@@ -143,7 +133,7 @@ struct Apply : Body<S> {
 
   template <int W>
   __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
-    load_gates<kLogits>(sa + this->pixel_at(at, pixel), to);
+    load_values<W>(sa + this->pixel_at(at, pixel), to);
   }
   template <int W>
   __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {
@@ -155,7 +145,7 @@ struct Apply : Body<S> {
 };
 
 // The sweep over (x, g). With kStats it is the first launch of backward; without, it is the
-// gradient of the second phase alone, and the spatial gate comes as logits.
+// gradient of the second phase alone.
 template <class S, bool kStats>
 struct GateGrads : Body<S> {
   using A = Acc<S>;
@@ -170,7 +160,7 @@ struct GateGrads : Body<S> {
   static constexpr bool kEarly = false;
 
   const A* ca;    // [chunk, C]
-  const A* sa;    // [chunk, P] the gate; its logits without kStats
+  const A* sa;    // [chunk, P]
   A* gate_grads;  // sum_c g u
   A* sums;        // as in ChannelStats
   A* maxima;
@@ -181,7 +171,7 @@ struct GateGrads : Body<S> {
   __device__ Channel start_channel(int first) const { return Channel::from(first); }
   template <int W>
   __device__ void pixel_factors(const Place& at, int pixel, A (&to)[W]) const {
-    load_gates<!kStats>(sa + this->pixel_at(at, pixel), to);
+    load_values<W>(sa + this->pixel_at(at, pixel), to);
   }
   template <int W>
   __device__ void channel_factors(const Place& at, int channel, A (&to)[W]) const {

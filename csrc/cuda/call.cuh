@@ -124,10 +124,4 @@ int64_t bytes_for(const Args& args, Pass pass, const Device& device) {
   });
 }
 
-// Where nothing is kept between the launches.
-template <class A>
-struct NoMemory {
-  NoMemory(Arena&, const Problem&, const Plan&) {}
-};
-
 }  // namespace cbam::cuda

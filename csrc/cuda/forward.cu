@@ -15,7 +15,7 @@
 //
 // Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launches 1 and
 // 2, without the weights. ChannelStatsArgs: launch 4, and a small one that adds up the spans of
-// channels (channel_stats.cuh). ApplyArgs: launch 6, with logits in the place of gates.
+// channels (channel_stats.cuh). ApplyArgs: launch 6, behind a small one that makes gates of logits.
 
 #include "call.cuh"
 #include "channel_stats.cuh"
@@ -58,6 +58,13 @@ struct ForwardMemory {
   A* ca;            // [chunk, C] where the caller does not want it
   A* hidden_parts;  // [chunk, blocks of the MLP, 2, R]
   A* sa;            // [chunk, P] where the caller does not want it
+};
+
+template <class A>
+struct ApplyMemory {
+  ApplyMemory(Arena& arena, const Problem& p, const Plan& plan)
+      : sa(arena.take<A>(plan.chunk * p.pixels())) {}
+  A* sa;  // [chunk, P]
 };
 
 // ---------------------------------------------------------------------------------- launches
@@ -136,11 +143,11 @@ void launch_spatial_gate(const Chunk<S, layout, W>& chunk, const StatsMemory<Acc
                         tiling.staged ? staged_bytes(tiling, p, Pass::kForward) : 0, gate);
 }
 
-// Launch 6. The gates of pixels are logits where kLogits.
-template <bool kLogits, class S, Layout layout, int W>
+// Launch 6.
+template <class S, Layout layout, int W>
 void launch_apply(const Chunk<S, layout, W>& chunk, const S* x, const Acc<S>* ca, const Acc<S>* sa,
                   S* y) {
-  chunk.sweep(Apply<S, kLogits>{chunk.shape(x), y, ca, sa});
+  chunk.sweep(Apply<S>{chunk.shape(x), y, ca, sa});
 }
 
 // --------------------------------------------------------------------------------- operators
@@ -176,17 +183,17 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
     gate.logits = chunk.values(args.logits, p.pixels());
     launch_spatial_gate(chunk, memory.stats, gate);
 
-    if (y != nullptr) launch_apply<false>(chunk, x, ca, sa, y);
+    if (y != nullptr) launch_apply(chunk, x, ca, sa, y);
   });
 }
 
-// The second phase alone: y from logits that come from outside, in one launch.
+// The second phase alone: y from logits that come from outside.
 template <class S, Layout layout, int W>
-void apply(const ApplyArgs& args, const Call<S, layout, W, NoMemory>& call) {
+void apply(const ApplyArgs& args, const Call<S, layout, W, ApplyMemory>& call) {
   call.each_chunk([&](const auto& chunk) {
-    launch_apply<true>(
-        chunk, chunk.features(args.input), chunk.values(args.channel_gate, call.problem.c),
-        chunk.values(args.logits, call.problem.pixels()), chunk.features(args.output));
+    launch_gates(chunk, chunk.values(args.logits, call.problem.pixels()), call.memory.sa);
+    launch_apply(chunk, chunk.features(args.input), chunk.values(args.channel_gate, call.problem.c),
+                 call.memory.sa, chunk.features(args.output));
   });
 }
 
@@ -223,10 +230,10 @@ void run(const ForwardArgs& args, const Queue& queue) {
 }
 
 int64_t workspace_bytes(const ApplyArgs& args, const Device& device) {
-  return bytes_for<NoMemory>(args, Pass::kForward, device);
+  return bytes_for<ApplyMemory>(args, Pass::kForward, device);
 }
 void run(const ApplyArgs& args, const Queue& queue) {
-  with_call<NoMemory>(args, Pass::kForward, queue, [&](const auto& call) { apply(args, call); });
+  with_call<ApplyMemory>(args, Pass::kForward, queue, [&](const auto& call) { apply(args, call); });
 }
 
 int64_t workspace_bytes(const PoolArgs& args, const Device& device) {

@@ -5,8 +5,12 @@
 //   launch             one block for each tile of pixels of each sample
 //
 // The statistics of spans of channels meet while the tile is staged, once for each of its pixels.
+//
+// Where something stands between forward's phases, logits come from outside, and a small launch of
+// its own makes gates of them.
 #pragma once
 
+#include "call.cuh"
 #include "channel_stats.cuh"
 #include "convolution.cuh"
 
@@ -99,6 +103,20 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>> / 2)
   } else {
     spatial_gate_from_memory(args, tile);
   }
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<A>)
+    gates_kernel(const A* logits, A* gates, int64_t count) {
+  wait_for_previous_launches();
+  each_in_grid(count, [&](int64_t i) { store(gates + i, sigmoid(load(logits + i))); });
+}
+
+// Gates of the logits of a chunk.
+template <class S, Layout layout, int W>
+void launch_gates(const Chunk<S, layout, W>& chunk, const Acc<S>* logits, Acc<S>* gates) {
+  const int64_t count = chunk.samples * chunk.problem.pixels();
+  chunk.launcher.launch_each(gates_kernel<Acc<S>>, count, logits, gates, count);
 }
 
 }  // namespace cbam::cuda

@@ -1,7 +1,7 @@
 """Offsets beyond 32 bits, without a GPU and without the time that a big tensor takes.
 
-The emulation runs the last sample of a batch of more than 2^31 elements, in memory that is never
-touched but there. (On a GPU, test_cuda.py runs all of it.)
+The emulation runs the first and the last sample of a batch of more than 2^31 elements, in memory
+that is never touched but there. (On a GPU, test_cuda.py runs all of it.)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_last_sample(layout: str, emulation: None, generator: torch.Generator) -
     g = batch_with(grad)
     device.configure(l2_bytes=1 << 50)  # all samples in one chunk
     try:
-        with device.last_part(BATCH):
+        with device.end_parts(BATCH):
             y, channel_gate, spatial_gate = ops._forward_train(x, *parameters)
             (dx, *_) = ops._backward(
                 g, x, channel_gate, spatial_gate, *parameters, True, False, False

@@ -234,19 +234,17 @@ def test_the_producer_of_the_input_may_not_overlap(
     """The first launch of a call reads x before it waits, so it must not be a dependent one."""
     arguments = samples.draw(EXACTING[0], generator)
     x = arguments.input
-    gates = machine.ops.gates(*arguments)
-    logits = torch.zeros_like(gates[1])
 
-    def apply(without: tuple[Sync, ...] = ()) -> Detection:
+    def pool(without: tuple[Sync, ...] = ()) -> Detection:
         with detect(machine.device, {"x": x}, without) as found:
             found.foreign_launch("producer", x)
-            machine.ops._apply(x, gates[0], logits)
+            machine.ops._pool(x)
         return found
 
-    found = apply()
+    found = pool()
     assert not found.conflicts
-    (launch,) = [sync for sync in found.syncs if sync.what == "launch"]
-    conflicts = apply((launch,)).conflicts
+    first = next(sync for sync in found.syncs if sync.what == "launch")
+    conflicts = pool((first,)).conflicts
     assert {c.finding for c in conflicts} == {"race"}
     assert {c.first.kernel for c in conflicts} == {"producer"}
     assert all(re.fullmatch(r"x \+ \d+", c.where) for c in conflicts)

@@ -136,12 +136,13 @@ def test_passes_over_the_feature_map(
 
 # Partial results, maps and halos beside the feature maps, in percent of these. The promise is 5;
 # forward keeps it in float32, and the rest does not. Their numbers have 4 bytes whatever the dtype,
-# so they weigh twice as much against bfloat16. Backward has more of them for each pixel and for
-# each channel of a block, and blocks are narrow, down to 128 bytes of a row, or they would be too
-# few to fill a GPU. The second problem has few channels to share what a pixel costs.
+# so they weigh twice as much against bfloat16: the gate of a pixel, written and read, is 8 bytes of
+# the 512 that 64 channels move. Backward has more of them for each pixel and for each channel of a
+# block, and blocks are narrow, down to 128 bytes of a row, or they would be too few to fill a GPU.
+# The second problem has few channels to share what a pixel costs.
 EXTRA = {
     ("forward", torch.float32): {(8, 256, 48, 48): 5, (8, 64, 56, 56): 5},
-    ("forward", torch.bfloat16): {(8, 512, 48, 48): 6.5, (8, 64, 56, 56): 7},
+    ("forward", torch.bfloat16): {(8, 512, 48, 48): 6.5, (8, 64, 56, 56): 8},
     ("_backward", torch.float32): {(8, 256, 48, 48): 7.5, (8, 64, 56, 56): 11.5},
     ("_backward", torch.bfloat16): {(8, 512, 48, 48): 11, (8, 64, 56, 56): 22},
 }

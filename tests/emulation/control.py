@@ -101,16 +101,17 @@ class Emulation:
         self.library.emulation_order(ctypes.c_int(ORDERS.index(order)), ctypes.c_uint64(seed))
 
     @contextlib.contextmanager
-    def last_part(self, parts: int) -> Iterator[None]:
-        """Inside, every launch runs the last of so many parts of its blocks only.
+    def end_parts(self, parts: int) -> Iterator[None]:
+        """Inside, every launch runs the first and the last of so many parts of its blocks only.
 
-        With the size of the batch this runs its last sample, in a tensor that is too big to run.
+        With the size of the batch this runs its first and last sample, in a tensor that is too big
+        to run. (Both ends, for some launches go through a batch from its end.)
         """
-        self.library.emulation_last_part(ctypes.c_uint64(parts))
+        self.library.emulation_end_parts(ctypes.c_uint64(parts))
         try:
             yield
         finally:
-            self.library.emulation_last_part(ctypes.c_uint64(1))
+            self.library.emulation_end_parts(ctypes.c_uint64(1))
 
     @contextlib.contextmanager
     def order(self, order: str, seed: int = 0) -> Iterator[None]:

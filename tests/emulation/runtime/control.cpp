@@ -87,9 +87,9 @@ EMULATION_API void emulation_order(int kind, uint64_t seed) {
   emulation::scheduler().set_order(static_cast<emulation::Order>(kind), seed);
 }
 
-EMULATION_API void emulation_last_part(uint64_t parts) {
+EMULATION_API void emulation_end_parts(uint64_t parts) {
   const std::lock_guard<std::mutex> lock(emulation::device_mutex());
-  emulation::scheduler().set_last_part(parts);
+  emulation::scheduler().set_end_parts(parts);
 }
 
 // Returns whether the capacity is one that the model can have; 0 means no model.

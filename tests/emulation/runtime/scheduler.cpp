@@ -72,8 +72,9 @@ void Scheduler::run(const cudaLaunchConfig_t& config, void (*body)(const void*),
   exchange_set_ = 0;
   error_.clear();
 
-  blocks_ = std::max<uint64_t>(config.gridDim.x / parts_, 1);
-  first_block_ = config.gridDim.x - blocks_;
+  part_ = std::max<uint64_t>(config.gridDim.x / parts_, 1);
+  blocks_ = std::min<uint64_t>(2 * part_, config.gridDim.x);
+  left_out_ = config.gridDim.x - blocks_;
   blocks_begun_ = 0;
   // Steps of a size prime to the number of blocks visit each block once.
   const bool random = order_ == Order::kRandom && end_of_round == nullptr;
@@ -99,7 +100,8 @@ bool Scheduler::next_block() {
   if (blocks_begun_ > 0) block_ = (block_ + block_step_) % blocks_;
   ++blocks_begun_;
   const bool reverse = order_ == Order::kReverse && end_of_round_ == nullptr;
-  blockIdx.x = static_cast<unsigned>(first_block_ + (reverse ? blocks_ - 1 - block_ : block_));
+  const uint64_t block = reverse ? blocks_ - 1 - block_ : block_;
+  blockIdx.x = static_cast<unsigned>(block < part_ ? block : block + left_out_);
   if (shared_bytes_ > 0) std::memset(shared_, kPoison, shared_bytes_);
   for (Thread& thread : threads_) thread.stop = Stop::kNotStarted;
   if (detector_ != nullptr) detector_->begin_block(blockIdx.x, shared_, shared_bytes_);

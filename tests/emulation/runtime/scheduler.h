@@ -37,9 +37,9 @@ class Scheduler {
   Scheduler();
 
   void set_order(Order order, uint64_t seed);
-  // Of every launch only the last block in so many of its blocks; 1 for all of them. Where blocks
-  // go sample by sample, this runs the last sample of a batch that is too big to run.
-  void set_last_part(uint64_t parts) { parts_ = parts; }
+  // Of every launch only the first and the last of so many parts of its blocks; 1 for all of them.
+  // Where blocks go sample by sample, this runs these samples of a batch that is too big to run.
+  void set_end_parts(uint64_t parts) { parts_ = parts; }
   // Throws std::runtime_error with what went wrong, and where. `end_of_round`, if not null, is
   // called where all threads of a block have come to a barrier or to the end; blocks then run in
   // plain order.
@@ -98,7 +98,7 @@ class Scheduler {
   Random random_{0};
   std::vector<uint8_t> permutations_;  // 32 each; the first is used unless the order is random
 
-  uint64_t parts_ = 1, first_block_ = 0;
+  uint64_t parts_ = 1, part_ = 1, left_out_ = 0;
   uint64_t blocks_ = 0, block_step_ = 1, blocks_begun_ = 0, block_ = 0;
   unsigned block_threads_ = 0, warps_ = 0;
   const uint8_t* warp_order_ = nullptr;
