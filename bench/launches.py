@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import cbam_ext
 
 from .__main__ import shape
-from .inspect_cuda import demangle
+from .machine_code.names import read_names
 from .measure import DTYPES, LAYOUTS
 
 STEPS = 20
@@ -76,9 +76,9 @@ def _times(
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and "cbam" in event.name:
             totals.setdefault(event.name, []).append(event.time_range.elapsed_us())
-    readable = demangle(list(totals))
+    names = read_names(totals)
     return {
-        readable[name]: statistics.median(times) * len(times) / STEPS
+        str(names[name]): statistics.median(times) * len(times) / STEPS
         for name, times in totals.items()
     }
 
