@@ -95,7 +95,7 @@ def wants_derivative(arguments: Sequence[Any]) -> bool:
 
 
 def overloads(namespace: str) -> dict[str, torch._ops.OpOverload]:
-    """The operators by their names, for several calls within one of the two guards below.
+    """The operators by their names, for several calls within ``BelowAutograd`` or the guard below.
 
     A guard takes as long as a kernel does for a small feature map.
     """

@@ -1,12 +1,12 @@
 // The bodies of the sweeps (sweep.cuh): what they add up or write, in the order in which they run.
 //
 //   Pool            x      per channel  sum, maximum                         (forward, launch 1)
-//   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 2)
+//   ChannelStats    x      per pixel    sum and maximum of u = ca x          (forward, launch 4)
 //   Apply           x      y                                                 (forward, launch 6)
 //   GateGrads       x, g   per pixel    sum_c g u, and ChannelStats          (backward, launch 1)
 //                          per channel  sum_p g sa x
 //   BackwardPool    x      per channel  Pool, and sum_p x (gradient of s)    (backward, launch 3)
-//   InputGrad       g      dx                                                (backward, launch 4)
+//   InputGrad       g      dx                                                (backward, launch 6)
 //
 // Pointers lead to the first sample of a chunk. Maps per pixel are [chunk, channel spans, P], maps
 // per channel [chunk, pixel spans, C], of accumulators.

@@ -108,7 +108,7 @@ __device__ void transposed_convolution(const MapGrads<S>& args, const Tile& tile
 }
 
 // The tile's part of the convolution's gradients. A warp takes some rows of weights in one column
-// of one map; one more unit of work is the bias.
+// of one map; the last warp takes the bias as well.
 template <class S, class A>
 __device__ void convolution_grads(const MapGrads<S>& args, const Tile& tile,
                                   const StagedMaps<A>& maps, A* conv_grads) {

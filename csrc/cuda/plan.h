@@ -51,7 +51,7 @@ struct Tiling {
   int rows, columns;  // of a tile: whole runs, which may reach past the map
   int64_t row_tiles, column_tiles;
   int64_t tiles;  // of a sample: their product
-  int part_bits;  // threads that share a run: a power of two, kRun or more
+  int part_bits;  // 2^part_bits threads share a run: kRun or more
   bool staged;    // whether maps with their border and weights fit into shared memory
   Divisor by_columns, by_window_columns;  // of a tile, and of it with its border
 };
