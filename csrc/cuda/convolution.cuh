@@ -163,7 +163,7 @@ __device__ void correlate(int kernel, const A* weights, const A* values, int str
                           A (&sums)[kRun]) {
   if constexpr (K > 0) {
     A factors[padded_column(K)];
-    load_aligned(weights, factors);
+    read_shared(weights, factors);
     A window[K + kRun - 1];
 #pragma unroll
     for (int i = 0; i < K + kRun - 1; ++i) window[i] = values[i * stride];

@@ -74,12 +74,8 @@ __device__ void with_weights(const Matrix& matrix, const Part& part, F&& f) {
 
 // W neighbouring values of shared memory, those behind the first `present` as zero.
 template <int W, class A>
-__device__ void read_shared(const A* from, int present, A (&to)[W]) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(W * sizeof(A) / 16); ++i) {
-    const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
-    memcpy(to + i * (16 / sizeof(A)), &bits, sizeof(bits));
-  }
+__device__ void read_present(const A* from, int present, A (&to)[W]) {
+  read_shared(from, to);
 #pragma unroll
   for (int i = 0; i < W; ++i) {
     if (i >= present) to[i] = 0;
@@ -160,7 +156,7 @@ __device__ void multiply_some_rows(const Share<wide, T>& share, int base, const 
     share.fetch(base + share.group, column, weights);
     A values[V][W];
 #pragma unroll
-    for (int v = 0; v < V; ++v) read_shared(vectors + v * pitch + column, present, values[v]);
+    for (int v = 0; v < V; ++v) read_present(vectors + v * pitch + column, present, values[v]);
     if (!share.has(first)) continue;
 #pragma unroll
     for (int u = 0; u < U; ++u) {

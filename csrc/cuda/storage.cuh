@@ -203,14 +203,18 @@ __device__ void store_struct(T* to, const T& from) {
   }
 }
 
-// Values in shared memory, 16-byte aligned and a multiple of that.
-template <int count, class T>
-__device__ void load_aligned(const T* from, T (&to)[count]) {
-  static_assert(count * sizeof(T) % 16 == 0, "moved in whole accesses");
+// W consecutive values of shared memory, 16-byte aligned where they are a multiple of that.
+template <int W, class T>
+__device__ void read_shared(const T* from, T (&to)[W]) {
+  if constexpr (W * sizeof(T) % 16 != 0) {
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(count * sizeof(T) / 16); ++i) {
-    const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
-    memcpy(to + i * (16 / sizeof(T)), &bits, sizeof(bits));
+    for (int i = 0; i < W; ++i) to[i] = from[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(W * sizeof(T) / 16); ++i) {
+      const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+      memcpy(reinterpret_cast<char*>(to) + 16 * i, &bits, sizeof(bits));
+    }
   }
 }
 

@@ -70,21 +70,6 @@ int64_t sweep_shared_bytes(const Sweep& sweep) {
   return bytes;
 }
 
-// W values from shared memory, 16-byte aligned where W of them are a multiple of that.
-template <int W, class T>
-__device__ void read_shared(const T* from, T (&to)[W]) {
-  if constexpr (W * sizeof(T) % 16 != 0) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) to[i] = from[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(W * sizeof(T) / 16); ++i) {
-      const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
-      memcpy(reinterpret_cast<char*>(to) + 16 * i, &bits, sizeof(bits));
-    }
-  }
-}
-
 // Where `here` goes is in shared memory, where it takes no registers. What launches before wrote
 // may be read after this.
 inline __device__ void begin_block(const Place& here, Place& at) {
