@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from .._inputs import Call
 from .behaviour import agree, distance
 from .structure import RefusalError
 
-# Positional arguments and keywords of a call.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Image sizes that a block, or a whole classifier, may be tried on.
 _SIZES = (64, 224)
 
 
-def compare(before: nn.Module, after: nn.Module, example: Arguments | None) -> None:
+def compare(before: nn.Module, after: nn.Module, example: Call | None) -> None:
     """Runs copies of both in float64: a trace does not see what Python decides on the way."""
     modules = [_for_comparison(module) for module in (before, after)]
     failure = ""
@@ -29,7 +27,7 @@ def compare(before: nn.Module, after: nn.Module, example: Arguments | None) -> N
         except Exception as error:
             failure = f": {type(error).__name__}: {error}"
             continue  # not an input for this module
-        both = zip(_tensors(_double(inputs)), _tensors(given), strict=True)
+        both = zip(_double(inputs).tensors(), given.tensors(), strict=True)
         if any(distance(a, b) > 0 for a, b in both):
             raise RefusalError("its forward changes its input in place")
         if not _agree(truth, _step(modules[1].eval(), _double(inputs))):
@@ -40,7 +38,7 @@ def compare(before: nn.Module, after: nn.Module, example: Arguments | None) -> N
     raise RefusalError(f"it could not be run for a comparison, {hint}{failure}")
 
 
-def _compare_training(modules: Sequence[nn.Module], inputs: Arguments) -> None:
+def _compare_training(modules: Sequence[nn.Module], inputs: Call) -> None:
     results = []
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
@@ -58,12 +56,11 @@ def _compare_training(modules: Sequence[nn.Module], inputs: Arguments) -> None:
 Results = dict[str, Tensor | None]
 
 
-def _step(module: nn.Module, inputs: Arguments) -> Results:
+def _step(module: nn.Module, inputs: Call) -> Results:
     """Outputs, gradients of the floating inputs and of the parameters, and buffers after it."""
-    args, kwargs = inputs
-    outputs = _tensors(module(*args, **kwargs))
+    outputs = [t for t in tree_leaves(inputs.run(module)) if isinstance(t, Tensor)]
     results: Results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    leaves = {f"input {i}": t for i, t in enumerate(_tensors(inputs)) if t.requires_grad}
+    leaves = {f"input {i}": t for i, t in enumerate(inputs.tensors()) if t.requires_grad}
     leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}
     total = sum(t.square().sum() for t in outputs if t.requires_grad)
     if module.training and isinstance(total, Tensor):
@@ -89,23 +86,19 @@ def _for_comparison(module: nn.Module) -> nn.Module:
     return module.to("cpu", torch.float64)
 
 
-def _double(inputs: Arguments) -> Arguments:
+def _double(inputs: Call) -> Call:
     def cast(tensor: Tensor) -> Tensor:
         copied = tensor.detach().to("cpu", copy=True)
         if not tensor.is_floating_point():
             return copied
         return copied.to(torch.float64).requires_grad_() * 1
 
-    return tree_map_only(Tensor, cast, inputs)
+    return inputs.map(cast)
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-
-
-def _guessed_inputs(parent: nn.Module) -> Iterator[Arguments]:
+def _guessed_inputs(parent: nn.Module) -> Iterator[Call]:
     """Maps of as many channels as the first convolution takes."""
     generator = torch.Generator().manual_seed(0)
     channels = next((m.in_channels for m in parent.modules() if isinstance(m, nn.Conv2d)), None)
     for size in _SIZES if channels is not None else ():
-        yield (torch.randn(2, channels, size, size, generator=generator),), {}
+        yield Call((torch.randn(2, channels, size, size, generator=generator),), {})

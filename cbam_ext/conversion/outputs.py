@@ -9,23 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .._inputs import Call
 from .behaviour import distance
-from .comparison import Arguments
 from .pairs import has_forward, has_pair
 
 
-def as_arguments(example_inputs: Any) -> tuple[Any, ...] | None:
-    if example_inputs is None:
-        return None
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
-def outputs_of(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
     """The tensors that ``model`` returns for inference; ``model`` stays as it is."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            found = [t for t in tree_leaves(model.eval()(*arguments)) if isinstance(t, Tensor)]
+            own = call.map(Tensor.clone)  # a forward may work in place, and there is another run
+            found = [t for t in tree_leaves(own.run(model.eval())) if isinstance(t, Tensor)]
             if not found:
                 raise ValueError(
                     "convert: with example_inputs the model returns no tensors, or in a class that "
@@ -37,24 +32,22 @@ def outputs_of(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
             module.training = mode
 
 
-def calls_of_gates(
-    model: nn.Module, arguments: tuple[Any, ...] | None
-) -> dict[nn.Module, list[Arguments]]:
+def calls_of_gates(model: nn.Module, call: Call | None) -> dict[nn.Module, list[Call]]:
     """What each module with a pair of gates, and each child of it, is called with."""
-    calls: dict[nn.Module, list[Arguments]] = {}
-    if arguments is None:
+    calls: dict[nn.Module, list[Call]] = {}
+    if call is None:
         return calls
     parents = [module for module in model.modules() if has_forward(module) and has_pair(module)]
     handles = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(module, []).append((args, kwargs))
+        calls.setdefault(module, []).append(Call(args, kwargs))
 
     try:
         for module in {each for parent in parents for each in (parent, *parent.children())}:
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
         if handles:
-            outputs_of(model, arguments)
+            outputs_of(model, call)
     finally:
         for handle in handles:
             handle.remove()

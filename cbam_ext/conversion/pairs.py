@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from .._inputs import Call
 from .behaviour import recognise
-from .comparison import Arguments, compare
+from .comparison import compare
 from .graphs import trace
 from .references import References
 from .rewriting import rewrite
@@ -116,7 +117,7 @@ def is_sequence(parent: nn.Module) -> bool:
     return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
 
 
-def replace_pairs(parent: nn.Module, example: Arguments | None, references: References) -> Replaced:
+def replace_pairs(parent: nn.Module, example: Call | None, references: References) -> Replaced:
     """Replaces each pair of gates in ``parent`` by one CBAM; returns them by name.
 
     ``example`` are arguments that ``parent`` can be called with, for a comparison; without them

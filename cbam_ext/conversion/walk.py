@@ -9,11 +9,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from .._inputs import Call, as_call
 from .._progress import track
 from .behaviour import TOLERANCE, deviation, recognise
 from .checkpoints import Form
-from .comparison import Arguments
-from .outputs import as_arguments, calls_of_gates, compare_outputs, outputs_of
+from .outputs import calls_of_gates, compare_outputs, outputs_of
 from .pairs import direct_children, has_forward, has_pair, is_sequence, put, replace_pairs
 from .references import References
 from .report import ConversionReport, Converted, Left, shown
@@ -71,9 +71,11 @@ def convert(
         inplace: change ``model`` itself instead of a copy.
         check: compare the output of each replacement with that of the original on a random map,
             with the model's weights, in float64; and of the whole model, given ``example_inputs``.
-        example_inputs: what ``model`` can be called with, a tensor or a tuple of arguments. Worth
-            giving: it also shows where others rely on the class or the parts of what is replaced,
-            and some modules can be rewritten only with them.
+        example_inputs: what ``model`` can be called with: a tensor, or another single argument,
+            such as a list for a model that takes a list of images; a tuple of the positional
+            arguments; a dict of the keyword arguments. Worth giving: it also shows where others
+            rely on the class or the parts of what is replaced, and some modules can be rewritten
+            only with them.
         return_report: return what was replaced and what was not, and why.
 
     Returns:
@@ -81,7 +83,8 @@ def convert(
         :class:`ConversionReport` too.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or DistributedDataParallel is around one.
+        TypeError: ``model`` is no ``nn.Module``, DistributedDataParallel is around one, or
+            ``example_inputs`` are not what it can be called with.
         ValueError: with ``example_inputs`` the model returns no tensors that could be compared.
         RuntimeError: outputs differ by more than rounding, or the model cannot be copied. With
             ``inplace`` it is then partly converted.
@@ -97,7 +100,7 @@ def convert(
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise TypeError("convert: convert the model before DistributedDataParallel takes it")
-    example = as_arguments(example_inputs)
+    example = None if example_inputs is None else as_call(example_inputs)
     # Whatever is on around the call: gradients are needed, and factories are to make CPU tensors.
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         before = None if example is None or not check else outputs_of(model, example)
@@ -126,7 +129,7 @@ class _Conversion:
     def __init__(
         self,
         model: nn.Module,
-        calls: dict[nn.Module, list[Arguments]],
+        calls: dict[nn.Module, list[Call]],
         check: bool,
         report: ConversionReport,
     ) -> None:

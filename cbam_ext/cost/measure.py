@@ -7,11 +7,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .._inputs import Call, as_call
 from .._progress import track
 from .table import Cost, CostTable
 from .timing import SavedForBackward, device_name, settle_allocator, stopwatch
@@ -19,8 +21,8 @@ from .timing import SavedForBackward, device_name, settle_allocator, stopwatch
 ROUNDS = 9
 
 
-def measure_cost(model: nn.Module, *inputs: Tensor, rounds: int = ROUNDS) -> Cost:
-    """What ``model(*inputs)`` costs on the model's device.
+def measure_cost(model: nn.Module, *inputs: Any, rounds: int = ROUNDS) -> Cost:
+    """What a call of ``model`` with ``inputs`` costs on the model's device.
 
     The model stays as it was: parameters, gradients, buffers (the running statistics of a
     BatchNorm), training flags, and so do the random state and the inputs. It is not copied. Hooks
@@ -31,11 +33,14 @@ def measure_cost(model: nn.Module, *inputs: Tensor, rounds: int = ROUNDS) -> Cos
 
     Args:
         model: any module.
-        *inputs: tensors of any shape that the model takes; moved to its device.
+        *inputs: what the model takes: a tensor, or another single argument, such as a list for a
+            model that takes a list of images; a tuple of the positional arguments, or several
+            inputs that are these; a dict of the keyword arguments. They have to do for both modes:
+            a detector wants its targets in training. Tensors in them are moved to its device.
         rounds: how often it is timed; the median counts.
 
     Raises:
-        TypeError: ``model`` is not a module, or an input not a tensor.
+        TypeError: ``model`` is not a module, or takes other inputs.
         ValueError: ``rounds`` is not a positive int.
 
     Example:
@@ -52,7 +57,7 @@ def measure_cost(model: nn.Module, *inputs: Tensor, rounds: int = ROUNDS) -> Cos
 
 def compare_costs(
     models: Mapping[str, nn.Module],
-    *inputs: Tensor,
+    *inputs: Any,
     rounds: int = ROUNDS,
     baseline: str | None = None,
 ) -> CostTable:
@@ -64,12 +69,12 @@ def compare_costs(
 
     Args:
         models: names and modules.
-        *inputs: tensors that each of them takes; moved to their device.
+        *inputs: what each of them takes, as in :func:`measure_cost`.
         rounds: how often each is timed.
         baseline: the name of the model to compare the others with; by default the first.
 
     Raises:
-        TypeError: a model is not a module, or an input not a tensor.
+        TypeError: a model is not a module, or takes other inputs.
         ValueError: no models, models on different devices, an unknown baseline, or ``rounds`` is
             not a positive int.
 
@@ -82,7 +87,8 @@ def compare_costs(
         1.0
     """
     models = dict(models)
-    device = _check(models, inputs, rounds)
+    call = as_call(inputs[0] if len(inputs) == 1 else inputs)
+    device = _check(models, call, rounds)
     if baseline is None:
         baseline = next(iter(models))
     if baseline not in models:
@@ -96,10 +102,7 @@ def compare_costs(
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         for model in models.values():
             stack.enter_context(_unchanged(model))
-        taken = [
-            tensor.detach().to(device).clone().requires_grad_(tensor.requires_grad)
-            for tensor in inputs
-        ]
+        taken = call.map(lambda t: t.detach().to(device).clone().requires_grad_(t.requires_grad))
         subjects = {name: _Subject(model, taken, device) for name, model in models.items()}
         forward, training = _run(subjects, rounds, device)
 
@@ -121,9 +124,9 @@ def compare_costs(
 class _Subject:
     """A model with its inputs: what is counted once, and the steps that are timed."""
 
-    def __init__(self, model: nn.Module, inputs: list[Tensor], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, call: Call, device: torch.device) -> None:
         self.model = model
-        self.inputs = inputs
+        self.call = call
         self.device = device
         self.facts: dict[str, int | None] = {}
         self.peak_bytes: int | None = None
@@ -134,8 +137,8 @@ class _Subject:
         """All that is not time. These are the first calls of the model, and warm it up."""
         from .flops import FlopCounter  # brings Triton along, which takes longer than this package
 
-        parameters = list(self.model.parameters())
-        self._leaves = [t for t in (*parameters, *self.inputs) if t.requires_grad]
+        parameters, inputs = list(self.model.parameters()), self.call.tensors()
+        self._leaves = [t for t in (*parameters, *inputs) if t.requires_grad]
         self.facts["parameters"] = sum(parameter.numel() for parameter in parameters)
         self.model.eval()
         with FlopCounter() as counter:
@@ -143,7 +146,7 @@ class _Subject:
         self.facts["flops"] = counter.get_total_flops()
 
         self.model.train()
-        known = (*parameters, *self.model.buffers(), *self.inputs)
+        known = (*parameters, *self.model.buffers(), *inputs)
         with torch.enable_grad(), FlopCounter() as counter:
             with SavedForBackward(without=known) as saved:
                 results = self._results()
@@ -159,7 +162,7 @@ class _Subject:
 
     def forward(self) -> None:
         with torch.no_grad():
-            self.model(*self.inputs)
+            self.call.run(self.model)
 
     def training_step(self) -> None:
         with torch.enable_grad():
@@ -167,7 +170,7 @@ class _Subject:
 
     def _results(self) -> list[Tensor]:
         """The tensors of the model's result that have a gradient to hand on."""
-        result = self.model(*self.inputs)
+        result = self.call.run(self.model)
         if dataclasses.is_dataclass(result):
             result = [getattr(result, field.name) for field in dataclasses.fields(result)]
         return [
@@ -260,7 +263,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _check(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int) -> torch.device:
+def _check(models: dict[str, nn.Module], call: Call, rounds: int) -> torch.device:
     """The device of the models, if the arguments are what they should be."""
     if not models:
         raise ValueError("models must have at least one model")
@@ -269,9 +272,6 @@ def _check(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int
             raise TypeError(
                 f"models[{name!r}] must be a torch.nn.Module, got {type(model).__name__}"
             )
-    for place, tensor in enumerate(inputs):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"inputs[{place}] must be a tensor, got {type(tensor).__name__}")
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds must be a positive int, got {rounds!r}")
     devices = {
@@ -286,4 +286,4 @@ def _check(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int
         raise ValueError("the models must have memory to be timed, these are on the meta device")
     if devices:
         return devices.pop()
-    return inputs[0].device if inputs else torch.device("cpu")
+    return next((tensor.device for tensor in call.tensors()), torch.device("cpu"))

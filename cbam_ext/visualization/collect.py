@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .._inputs import Call, as_call
 from ..module import CBAM
 from .gates import Gates
 from .maps import AttentionMaps
@@ -20,7 +22,7 @@ from .maps import AttentionMaps
 
 def visualize(
     model: nn.Module,
-    images: Tensor | tuple[Any, ...],
+    images: Any,
     *,
     modules: str | Iterable[str] | None = None,
     mean: float | Sequence[float] | None = None,
@@ -35,9 +37,10 @@ def visualize(
 
     Args:
         model: any module that holds CBAMs, or a CBAM.
-        images: ``[N, channels, H, W]``, on any device: moved to that of the model's parameters and,
-            where floating, converted to their dtype. A tuple holds all positional arguments of the
-            model, the images first.
+        images: ``[N, channels, H, W]``, or a list of ``[channels, H, W]`` for a model that takes
+            such a list; on any device: moved to that of the model's parameters and, where
+            floating, converted to their dtype. A model that takes more is given a tuple of all
+            positional arguments, or a dict of all keyword arguments, the images first.
         modules: the CBAMs to look at: names from ``model.named_modules()`` or shell patterns of
             them such as ``"decoder.*"``; None for all.
         mean, std: of the normalisation that made ``images``, numbers or one per channel, which the
@@ -49,7 +52,8 @@ def visualize(
         second call of a module is called ``"name#2"``; one that has several names, by its first.
 
     Raises:
-        TypeError: ``model`` is no module or scripted, or ``images`` no tensor.
+        TypeError: ``model`` is no module or scripted, ``images`` begin with no tensor, or are not
+            what the model takes.
         ValueError: ``images`` is no batch of images, the model has no CBAM or calls none,
             ``modules`` match none, or ``mean`` and ``std`` do not fit.
 
@@ -62,22 +66,22 @@ def visualize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    arguments = images if isinstance(images, tuple) else (images,)
-    pictures = _check_images(arguments)
-    normalisation = _check_normalisation(mean, std, pictures.shape[1])
-    if normalisation is not None and not pictures.is_floating_point():
-        raise ValueError(f"mean and std undo a normalisation, but images are {pictures.dtype}")
+    call = as_call(images)
+    pictures = _pictures(call)
+    normalisation = _check_normalisation(mean, std, pictures[0].shape[0])
+    if normalisation is not None and not pictures[0].is_floating_point():
+        raise ValueError(f"mean and std undo a normalisation, but images are {pictures[0].dtype}")
     model = _unwrap(model)
     chosen = _choose(_find(model), modules)
     gates: dict[str, Gates] = {}
-    shown = pictures.detach().to("cpu", copy=True)  # before a forward that works in place
+    shown = [p.detach().to("cpu", copy=True) for p in pictures]  # a forward may work in place
     with _left_alone(model), contextlib.ExitStack() as hooks:
         for name, module in chosen.items():
             hook = functools.partial(_collect, gates, name)
             # Before forward, when FSDP has gathered the parameters and not yet freed them again.
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        model(*_as_model_wants(model, arguments))
+        _as_model_wants(model, call).run(model)
     if not gates:
         raise ValueError(
             f"forward of {type(model).__name__} called none of these CBAMs: {', '.join(chosen)}"
@@ -85,19 +89,38 @@ def visualize(
     return AttentionMaps(gates, shown, normalisation)
 
 
-def _check_images(arguments: tuple[Any, ...]) -> Tensor:
-    images = arguments[0] if arguments else None
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            "images must be a tensor, or a tuple of the model's arguments that begins with one, "
-            f"got {type(images).__name__ if arguments else 'an empty tuple'}"
-        )
-    if images.ndim != 4 or not images.numel():
-        hint = "; for one image: images[None]" if images.ndim == 3 else ""
-        raise ValueError(
-            f"images must be [N, channels, H, W] and not empty, got {list(images.shape)}{hint}"
-        )
-    return images
+def _pictures(call: Call) -> list[Tensor]:
+    """The images that the first argument holds, each ``[channels, H, W]``.
+
+    A list may hold them one by one, or something around each, such as a dict: there the first
+    tensor is the image.
+    """
+    first = next(iter((*call.args, *call.kwargs.values())), None)
+    in_list = isinstance(first, list | tuple)
+    pictures: list[Tensor] = []
+    for each in first if in_list else [first]:
+        image = next((leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)), None)
+        if image is None:
+            raise TypeError(
+                "images must be a tensor, a list of tensors, or a tuple or dict of the model's "
+                f"arguments that begins with these, got {_described(each, call)}"
+            )
+        hint = "; for one image: images[None]" if image.ndim == 3 else ""
+        if in_list and image.ndim == 3:
+            image = image[None]
+        if image.ndim != 4 or not image.numel():
+            raise ValueError(
+                "images must be [N, channels, H, W] (in a list each [channels, H, W]) and not "
+                f"empty, got {list(image.shape)}{hint}"
+            )
+        pictures += image
+    if not pictures:
+        raise ValueError("images must not be empty, got an empty list")
+    return pictures
+
+
+def _described(argument: Any, call: Call) -> str:
+    return type(argument).__name__ if any(call) else "no arguments"
 
 
 def _check_normalisation(
@@ -203,18 +226,25 @@ def _uncompiled() -> contextlib.AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _as_model_wants(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_model_wants(model: nn.Module, call: Call) -> Call:
+    """``call`` on the device of ``model``, and its images, the first argument, in its dtype."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    device = None if parameter is None else parameter.device
-    images, *others = (
-        argument.to(device or argument.device, copy=True)  # a forward may work in place
-        if isinstance(argument, Tensor)
-        else argument
-        for argument in arguments
-    )
-    if parameter is not None and images.is_floating_point():
-        images = images.to(parameter.dtype)
-    return images, *others
+
+    def move(tensor: Tensor) -> Tensor:
+        device = tensor.device if parameter is None else parameter.device
+        return tensor.to(device, copy=True)  # a forward may work in place
+
+    def cast(tensor: Tensor) -> Tensor:
+        if parameter is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(parameter.dtype)
+
+    moved = call.map(move)
+    if moved.args:
+        images, *others = moved.args
+        return Call((tree_map_only(Tensor, cast, images), *others), moved.kwargs)
+    (name, images), *rest = moved.kwargs.items()
+    return Call((), {name: tree_map_only(Tensor, cast, images), **dict(rest)})
 
 
 def _collect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ _LINE = 30  # characters of a title that fit above a panel
 
 def overlays(
     maps: Mapping[str, Gates],
-    images: Tensor,
+    images: Tensor | Sequence[Tensor],
     normalisation: tuple[Tensor, Tensor] | None,
     *,
     alpha: float,
@@ -44,6 +44,13 @@ def overlays(
                 f"{count(len(images), 'image')}: leave it out by visualize(..., modules=...)"
             )
 
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            "the images have several sizes, and how the model brought them to one, by padding or "
+            "by scaling, is not known, so gates cannot be laid over them: visualize them one by one"
+        )
+    images = torch.stack(list(images))
     height, width = images.shape[2:]
     panel_height = _PANEL * min(max(height / width, 0.3), 3)
     heights = [panel_height] * rows + [_BAR]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -31,7 +31,7 @@ class AttentionMaps(Mapping[str, Gates]):
     def __init__(
         self,
         gates: Mapping[str, Gates],
-        images: Tensor,
+        images: Tensor | Sequence[Tensor],
         normalisation: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._gates = dict(gates)
@@ -75,7 +75,8 @@ class AttentionMaps(Mapping[str, Gates]):
 
         Raises:
             ImportError: matplotlib is not there.
-            ValueError: a CBAM ran on another number of samples than there are images.
+            ValueError: a CBAM ran on another number of samples than there are images, or the images
+                have several sizes.
 
         Example:
             >>> maps = cbam_ext.visualize(cbam_ext.CBAM(3), torch.rand(2, 3, 8, 8))
@@ -106,7 +107,8 @@ class AttentionMaps(Mapping[str, Gates]):
         """Writes to TensorBoard: the overlays as a figure, all gates as histograms.
 
         The names are ``{tag}/overlays``, ``{tag}/channel_gate/{name}`` and
-        ``{tag}/spatial_gate/{name}``. A gate of nothing but NaN has no histogram.
+        ``{tag}/spatial_gate/{name}``. A gate of nothing but NaN has no histogram. What
+        :meth:`overlays` raises it raises as well.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its methods

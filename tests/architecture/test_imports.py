@@ -16,6 +16,7 @@ PACKAGE = CHECKOUT / "cbam_ext"
 # its own line: so there is no circle. An arrow that is new is a decision, to be written down here.
 ARROWS = {
     "_version": "",
+    "_inputs": "",
     "_progress": "",
     "_text": "",
     "building": "_version",
@@ -27,9 +28,9 @@ ARROWS = {
     "export": "building reference",
     "loading": "building ops",
     "module": "building functional layers reference",
-    "conversion": "_progress layers module",
-    "cost": "_progress _text",
-    "visualization": "_text module",
+    "conversion": "_inputs _progress layers module",
+    "cost": "_inputs _progress _text",
+    "visualization": "_inputs _text module",
     "smp": "module",
     "cli": "_progress _text _version building conversion cost ops plan reference smp",
     "__init__": "_version conversion cost export functional loading module ops reference "

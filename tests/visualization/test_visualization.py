@@ -291,7 +291,7 @@ def test_a_forward_that_works_in_place():
     x = images().clamp(0, 1)
     given = x.clone()
     maps = visualize(InPlace(), x)
-    assert torch.equal(x, given) and torch.equal(maps._images, given)
+    assert torch.equal(x, given) and torch.equal(torch.stack(list(maps._images)), given)
 
 
 def test_names_with_brackets_and_images_of_integers():
@@ -324,8 +324,9 @@ class NotOursCbam(nn.Module):
     ("arguments", "options", "error", "message"),
     [
         (("model", 0), {}, TypeError, "model must be a torch.nn.Module, got str"),
-        ((plain(), [1]), {}, TypeError, "images must be a tensor.*got list"),
-        ((plain(), ()), {}, TypeError, "images must be a tensor.*got an empty tuple"),
+        ((plain(), [1]), {}, TypeError, "images must be a tensor.*got int"),
+        ((plain(), ()), {}, TypeError, "images must be a tensor.*got no arguments"),
+        ((plain(), []), {}, ValueError, "images must not be empty, got an empty list"),
         ((plain(), images()[0]), {}, ValueError, r"images must be .*got \[3, 12, 16\].*\[None\]"),
         ((plain(), images(0)), {}, ValueError, r"not empty, got \[0, 3, 12, 16\]$"),
         ((nn.ReLU(), images()), {}, ValueError, r"model \(ReLU\) has no cbam_ext.CBAM; there is"),
