@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -11,6 +12,8 @@ from typing import Any
 from torch import nn
 
 SMP = "segmentation_models_pytorch"
+# Since then a decoder takes its features as one list, and smp lists its architectures.
+OLDEST = (0, 5)
 
 # smp or add_cbam give in_channels; device and dtype are set by model.to().
 OPTIONS = (
@@ -31,6 +34,11 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def import_smp() -> ModuleType:
+    """smp.
+
+    Raises:
+        ImportError: it is not installed, or older than what this package knows.
+    """
     try:
         import segmentation_models_pytorch as smp
     except ModuleNotFoundError as error:
@@ -41,6 +49,14 @@ def import_smp() -> ModuleType:
             "`pip install segmentation-models-pytorch`",
             name=SMP,
         ) from error
+    numbers = re.match(r"(\d+)\.(\d+)", smp_version())
+    if numbers is not None and tuple(map(int, numbers.groups())) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"cbam_ext.smp needs segmentation_models_pytorch {oldest} or newer, and this is "
+            f'{smp_version()}; run `pip install -U "segmentation-models-pytorch>={oldest}"`',
+            name=SMP,
+        )
     return smp
 
 

@@ -8,10 +8,11 @@ state_dict moves, and encoder and decoder stay what they are to smp.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,10 +44,32 @@ class StageAttention(nn.ModuleList):
 # The hooks. Pickled models refer to them by name, and TorchScript compiles them.
 
 
+def _also_by_keyword(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook on the features of a decoder, for calls that name them as well.
+
+    TorchScript takes its source from ``hook``: it knows no keywords.
+    """
+
+    @functools.wraps(hook)
+    def refine(
+        decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return hook(decoder, args), kwargs
+        name = next(iter(inspect.signature(decoder.forward).parameters))
+        if name not in kwargs:
+            return args, kwargs  # forward will say what is missing
+        return args, {**kwargs, name: decoder.cbam_features(kwargs[name])}
+
+    return refine
+
+
+@_also_by_keyword
 def _refine_features(decoder, args: tuple[list[Tensor]]) -> tuple[list[Tensor]]:  # type: ignore[no-untyped-def]
     return (decoder.cbam_features(args[0]),)
 
 
+@_also_by_keyword
 def _refine_features_beside_tokens(decoder: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """For DPT, whose decoder is given ``(features, prefix_tokens)``."""
     return (decoder.cbam_features(args[0]), *args[1:])
@@ -108,7 +131,7 @@ def add_cbam(
         ``model``, with CBAMs of the device, dtype and mode of its decoder.
 
     Raises:
-        ImportError: segmentation_models_pytorch is not installed.
+        ImportError: segmentation_models_pytorch is not installed, or older than 0.5.
         TypeError: ``model`` is no model of smp, or an argument has a wrong type.
         ValueError: the place is not there (the message lists what is), the model has CBAMs by
             this function already, or an option is unknown or does not fit ``init``.
@@ -140,7 +163,7 @@ def add_cbam(
             at_stages.get(stage, nn.Identity()) for stage in range(len(surroundings.channels))
         ).train(decoder.training)
         hook = _refine_features_beside_tokens if _gives_tokens(model) else _refine_features
-        handles.append(decoder.register_forward_pre_hook(hook))
+        handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
     if at_output is not None:
         decoder.cbam_output = at_output
         handles.append(decoder.register_forward_hook(_refine_output))

@@ -37,7 +37,7 @@ def register() -> None:
     "cbam" of its own, that one stays, with a warning.
 
     Raises:
-        ImportError: segmentation_models_pytorch is not installed.
+        ImportError: segmentation_models_pytorch is not installed, or older than 0.5.
         RuntimeError: this version of smp builds its attention in a way unknown here.
 
     Example:
@@ -61,7 +61,7 @@ def unregister() -> None:
         >>> unregister()
     """
     smp = sys.modules.get(SMP)
-    if smp is None:
+    if smp is None or not hasattr(smp, "MODEL_ARCHITECTURES_MAPPING"):  # too old to register
         return
     for patched in (smp.base.modules.Attention, *_architectures(smp)):
         if _is_ours(patched.__init__):
@@ -87,7 +87,7 @@ def prune_unused(model: nn.Module) -> nn.Module:
         ``model``, unchanged if it has no such attention or was pruned before.
 
     Raises:
-        ImportError: segmentation_models_pytorch is not installed.
+        ImportError: segmentation_models_pytorch is not installed, or older than 0.5.
         TypeError: there is no model of smp in ``model``.
 
     Example:

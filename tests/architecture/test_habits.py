@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from cbam_ext.smp.options import OLDEST
+
 from support.packages import CHECKOUT
 
 
@@ -13,6 +15,12 @@ def test_pre_commit_has_the_versions_of_make_lint() -> None:
     (extra,) = re.findall(r"^dev = \[(.*)\]", (CHECKOUT / "pyproject.toml").read_text(), re.M)
     assert found == {word for word in re.findall(r'"(.*?)"', extra) if "==" in word}
     assert len(found) == 2
+
+
+def test_the_extra_asks_for_the_smp_that_the_package_asks_for() -> None:
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    (found,) = re.findall(r'^smp = \["segmentation-models-pytorch>=([\d.]+)"\]', text, re.M)
+    assert tuple(map(int, found.split("."))) == OLDEST
 
 
 def test_ci_installs_nothing_by_hand() -> None:
