@@ -1,4 +1,4 @@
-"""torch.fx graphs of a module's own forward, and modules made of them."""
+"""torch.fx graphs of a module's own forward."""
 
 from __future__ import annotations
 
@@ -88,16 +88,3 @@ def _no_checkpoints() -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(namespace, name, value)
-
-
-def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A module of class ``name`` that runs ``graph`` with the submodules of ``root``."""
-    # A graph remembers the class that traced it, and a pickle of the module would ask for it.
-    plain = fx.Graph()
-    plain.output(plain.graph_copy(graph, {}))
-    for node in plain.nodes:
-        node.type = None  # annotations may be names that the new code does not know
-    module = fx.GraphModule(root, plain, name)
-    for inner, _ in module.named_modules():  # what holds the layers was made anew
-        module.get_submodule(inner).training = root.get_submodule(inner).training
-    return module

@@ -1,18 +1,18 @@
-"""From ours to PyTorch's own layers, in a ``torch.fx.GraphModule``: :func:`to_plain`."""
+"""From ours to PyTorch's own layers, in torch.fx.GraphModules: :func:`to_plain`."""
 
 from __future__ import annotations
 
-import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..layers import ChannelGate, SpatialGate, has_hooks, has_own_forward
+from ..layers import ChannelGate, SpatialGate, has_hooks, has_own_forward, norm_of
 from ..module import CBAM, Residual
-from .graphs import graph_module, trace
-from .translation import is_ours
+from .copies import copy_of
+from .portable import hand_over, portable, portable_function
+from .rewriting import Rewritten
 
 
 def to_plain(
@@ -20,10 +20,16 @@ def to_plain(
 ) -> nn.Module:
     """Replaces every :class:`cbam_ext.CBAM` by plain PyTorch, for people without this package.
 
-    What comes out consists of PyTorch's layers in a ``torch.fx.GraphModule``, so that a pickle of
-    it needs PyTorch alone, and has the names and values of the parameters that it had:
-    ``state_dict`` files fit both ways. It computes in the dtype of its layers, as PyTorch's do.
-    :func:`convert` leads back.
+    What comes out needs PyTorch alone, copied and pickled as well, and has the names, values and
+    order of the parameters that it had: ``state_dict`` files fit both ways. A CBAM becomes an
+    ``nn.Sequential`` of its two gates, each a ``torch.fx.GraphModule`` around the layers as they
+    are, whatever was done to these. Attributes and hooks of a module go over. It computes in the
+    dtype of its layers, as PyTorch's do. :func:`convert` leads back.
+
+    A block whose forward :func:`convert` wrote, and a :class:`cbam_ext.Residual`, become
+    GraphModules, with the attributes of their class no more; the hooks of
+    :func:`cbam_ext.smp.add_cbam` become such too, which ``torch.jit.script`` does not take (script
+    the model itself).
 
     Args:
         model: any module.
@@ -32,16 +38,18 @@ def to_plain(
             evenly, as ``amax`` does, which is faster.
 
     Returns:
-        The model, or the new module where ``model`` was a CBAM. Blocks that
-        :func:`convert` rewrote, and the hooks of :func:`cbam_ext.smp.add_cbam`, still need this
-        package.
+        The model, or the new module where ``model`` was itself replaced.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or has a CBAM with hooks or of a subclass.
+        TypeError: ``model`` is no ``nn.Module``, or has a CBAM of a subclass, one whose forward was
+            patched, or gates that were replaced, patched or hooked; or what becomes a GraphModule
+            has hooks, which those lose when they are copied.
         ValueError: unknown ``ties``.
+        RuntimeError: the model cannot be copied.
 
     Example:
-        >>> print(to_plain(cbam_ext.CBAM(32), ties="even").code.strip())  # doctest: +ELLIPSIS
+        >>> plain = to_plain(cbam_ext.CBAM(32), ties="even")
+        >>> print(plain.spatial.code.strip())  # doctest: +ELLIPSIS
         def forward(self, input):
             ...
     """
@@ -50,78 +58,99 @@ def to_plain(
     if ties not in ("first", "even"):
         raise ValueError(f'to_plain: ties must be "first" or "even", got {ties!r}')
     if not inplace:
-        model = copy.deepcopy(model)
-    done: dict[nn.Module, nn.Module] = {}
-
-    def plain(module: nn.Module) -> nn.Module:
-        if module not in done:
-            if isinstance(module, Residual) and not is_ours(module.cbam):
-                module.cbam = replace(module.cbam)
-            done[module] = _plain_module(module, ties)
-        return done[module]
+        model = copy_of(model, "to_plain")
+    for module in model.modules():
+        _check(module)
+    done: dict[nn.Module, nn.Module] = {}  # so that shared modules stay shared
 
     def replace(module: nn.Module) -> nn.Module:
-        if isinstance(module, CBAM | Residual):
-            _check_plain(module)
-            return plain(module)
+        if module not in done:
+            done[module] = _plain_cbam(module, ties) if isinstance(module, CBAM) else inside(module)
+        return done[module]
+
+    def inside(module: nn.Module) -> nn.Module:
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = replace(child)
-        return module
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in hooks.items():
+                if _is_of_this_package(hook):
+                    hooks[number] = portable_function(getattr(hook, "_by_graph", hook))
+        return portable(module) if _is_of_this_package(type(module)) else module
 
     return replace(model)
 
 
-def _check_plain(module: nn.Module) -> None:
-    if type(module) not in (CBAM, Residual):
-        raise TypeError(f"to_plain: {type(module).__name__} is a subclass, with code of its own")
-    # The layers stay as they are, with whatever was done to them.
-    cbam = module.cbam if isinstance(module, Residual) else module
-    gates = (cbam.channel, cbam.spatial) if isinstance(cbam, CBAM) else ()
-    if any(map(has_hooks, (module, cbam, *gates))):
-        raise TypeError("to_plain: a CBAM has hooks, which would be lost; remove them first")
-    for gate, kind in zip(gates, (ChannelGate, SpatialGate), strict=False):
-        if type(gate) is not kind or has_own_forward(gate):
-            raise TypeError("to_plain: a gate of a CBAM was replaced; put it back first")
+def is_plain_cbam(module: nn.Module) -> bool:
+    """Whether ``module`` is what :func:`to_plain` makes of a CBAM."""
+    return (
+        type(module) is nn.Sequential
+        and [*module._modules] == ["channel", "spatial"]
+        and all(isinstance(gate, fx.GraphModule) for gate in module)
+    )
 
 
-def _plain_module(module: CBAM | Residual, ties: str) -> fx.GraphModule:
-    """A module with the submodules of ``module`` that pickles without this package."""
-    if isinstance(module, Residual):
-        inner = _plain_module(module.cbam, ties) if is_ours(module.cbam) else module.cbam
-        root = _PlainResidual(inner)
-    else:
-        root = _PlainCBAM(module, ties)
-    root.training = module.training
-    return graph_module(root, trace(root), "PlainCBAM")
+def _is_of_this_package(thing: Any) -> bool:
+    """Whether a pickle of this class or function would ask for this package."""
+    if isinstance(thing, type) and issubclass(thing, Rewritten):
+        return True
+    module = getattr(thing, "__module__", None) or ""
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
-class _PlainCBAM(nn.Module):
-    """What is traced."""
+def _check(module: nn.Module) -> None:
+    """Raises where something would be lost. The layers stay as they are."""
+    kind = type(module)
+    if isinstance(module, CBAM | Residual) and kind not in (CBAM, Residual):
+        raise TypeError(f"to_plain: {kind.__name__} is a subclass, with code of its own")
+    if not _is_of_this_package(kind):
+        return
+    if has_own_forward(module):
+        raise TypeError(
+            f"to_plain: a {kind.__name__} was compiled by itself, or given another forward as by "
+            "accelerate; undo that first"
+        )
+    if kind is not CBAM and has_hooks(module):
+        # Copies of a GraphModule drop them, and those of a gate would not see the gate.
+        raise TypeError(
+            f"to_plain: a {kind.__name__} has hooks, which would be lost; remove them first"
+        )
+    if kind is CBAM and (type(module.channel), type(module.spatial)) != (ChannelGate, SpatialGate):
+        raise TypeError("to_plain: a gate of a CBAM was replaced; put it back first")
 
-    def __init__(self, cbam: CBAM, ties: str) -> None:
+
+def _plain_cbam(cbam: CBAM, ties: str) -> nn.Sequential:
+    """A module with the layers of ``cbam`` and all that it has."""
+    plain = nn.Sequential()
+    for name, kind in (("channel", PlainChannelGate), ("spatial", PlainSpatialGate)):
+        gate = getattr(cbam, name)
+        plain.add_module(name, portable(kind(gate, ties), instead_of=gate))
+    hand_over(cbam, plain)
+    return plain
+
+
+class _PlainGate(nn.Module):
+    """What is traced: from a map to the map times its gate."""
+
+    def __init__(self, gate: nn.Module, ties: str) -> None:
         super().__init__()
-        self.channel, self.spatial, self.ties = cbam.channel, cbam.spatial, ties
-
-    def forward(self, input: Tensor) -> Tensor:
-        pixels = input.flatten(2)
-        fc1, fc2 = self.channel.fc1, self.channel.fc2
-        logits = fc2(F.relu(fc1(pixels.mean(2)))) + fc2(F.relu(fc1(self.maximum(pixels, 2))))
-        refined = input * torch.sigmoid(logits).unsqueeze(2).unsqueeze(3)
-        average, maximum = refined.mean(1), self.maximum(refined, 1)
-        logits = self.spatial.conv(torch.stack([average, maximum], 1))
-        if self.spatial.norm is not None:
-            logits = self.spatial.norm(logits)
-        return refined * torch.sigmoid(logits)
+        self._modules.update(gate._modules)
+        self.ties = ties
 
     def maximum(self, tensor: Tensor, dim: int) -> Tensor:
         return tensor.max(dim)[0] if self.ties == "first" else tensor.amax(dim)
 
 
-class _PlainResidual(nn.Module):
-    def __init__(self, cbam: nn.Module) -> None:
-        super().__init__()
-        self.cbam = cbam
-
+class PlainChannelGate(_PlainGate):
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.cbam(input)
+        pixels, fc1, fc2 = input.flatten(2), self.fc1, self.fc2
+        logits = fc2(F.relu(fc1(pixels.mean(2)))) + fc2(F.relu(fc1(self.maximum(pixels, 2))))
+        return input * torch.sigmoid(logits).unsqueeze(2).unsqueeze(3)
+
+
+class PlainSpatialGate(_PlainGate):
+    def forward(self, input: Tensor) -> Tensor:
+        logits = self.conv(torch.stack([input.mean(1), self.maximum(input, 1)], 1))
+        if norm_of(self) is not None:
+            logits = self.norm(logits)
+        return input * torch.sigmoid(logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 
@@ -13,8 +12,10 @@ from .._inputs import Call, as_call
 from .._progress import track
 from .behaviour import TOLERANCE, deviation, recognise
 from .checkpoints import Form
+from .copies import copy_of
 from .outputs import calls_of_gates, compare_outputs, outputs_of
 from .pairs import direct_children, has_forward, has_pair, is_sequence, put, replace_pairs
+from .plain import is_plain_cbam
 from .references import References
 from .report import ConversionReport, Converted, Left, shown
 from .structure import RefusalError, Structure, explain_structure, find_structures
@@ -105,22 +106,12 @@ def convert(
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         before = None if example is None or not check else outputs_of(model, example)
         if not inplace:
-            model = _copy(model)
+            model = copy_of(model, "convert")
         report = ConversionReport()
         model = _Conversion(model, calls_of_gates(model, example), check, report).run()
         if before is not None and example is not None and report.converted:
             compare_outputs(before, outputs_of(model, example))
     return (model, report) if return_report else model
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise RuntimeError(
-            f"convert: the model cannot be copied ({type(error).__name__}: {error}); pass "
-            "inplace=True to change it itself"
-        ) from error
 
 
 class _Conversion:
@@ -166,7 +157,8 @@ class _Conversion:
         try:
             if structures or has_pair(module):
                 self._check_surroundings(name)
-            if structures and not (is_sequence(module) and has_pair(module)):
+            in_turn = is_sequence(module) and has_pair(module) and not is_plain_cbam(module)
+            if structures and not in_turn:
                 self._replace(name, module, recognise(module, structures))
                 return True
             if has_pair(module):

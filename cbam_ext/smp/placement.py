@@ -44,23 +44,30 @@ class StageAttention(nn.ModuleList):
 # The hooks. Pickled models refer to them by name, and TorchScript compiles them.
 
 
-def _also_by_keyword(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook on the features of a decoder, for calls that name them as well.
+def _refined_call(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of a decoder with its features refined, whether they have come by name or by place.
 
-    TorchScript takes its source from ``hook``: it knows no keywords.
+    Without a branch, so that torch.fx can write it down for those without this package.
     """
+    others = kwargs.copy()
+    named = others.pop(decoder._cbam_argument, None)
+    features = (args + (named,))[0]  # noqa: RUF005
+    return (decoder.cbam_features(features),) + args[1:], others  # noqa: RUF005
+
+
+def _also_by_keyword(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook ``hook`` of a decoder for calls by keyword as well, which TorchScript knows not: it
+    takes its source from ``hook``."""
 
     @functools.wraps(hook)
-    def refine(
-        decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return hook(decoder, args), kwargs
-        name = next(iter(inspect.signature(decoder.forward).parameters))
-        if name not in kwargs:
-            return args, kwargs  # forward will say what is missing
-        return args, {**kwargs, name: decoder.cbam_features(kwargs[name])}
+    def refine(decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not args and decoder._cbam_argument not in kwargs:
+            return None  # forward will say what is missing
+        return _refined_call(decoder, args, kwargs)
 
+    refine._by_graph = _refined_call  # type: ignore[attr-defined]
     return refine
 
 
@@ -162,6 +169,7 @@ def add_cbam(
         decoder.cbam_features = StageAttention(
             at_stages.get(stage, nn.Identity()) for stage in range(len(surroundings.channels))
         ).train(decoder.training)
+        decoder._cbam_argument = next(iter(inspect.signature(decoder.forward).parameters))
         hook = _refine_features_beside_tokens if _gives_tokens(model) else _refine_features
         handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
     if at_output is not None:

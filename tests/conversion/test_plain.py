@@ -150,7 +150,7 @@ def test_what_would_be_lost_is_refused() -> None:
     for name in ("channel", "spatial"):
         module = cbam_ext.CBAM(8)
         getattr(module, name).register_forward_hook(lambda *_: None)
-        with pytest.raises(TypeError, match="a CBAM has hooks"):
+        with pytest.raises(TypeError, match="Gate has hooks, which would be lost"):
             cbam_ext.to_plain(module)
         module = cbam_ext.CBAM(8)
         setattr(module, name, nn.Identity())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -168,6 +169,49 @@ def test_to_plain_after_the_treatment(treatment: str) -> None:
         ours.cbam.spatial.conv = nn.Sequential(layer, nn.Tanh())
     expected = evaluate(ours, x)
     assert_same(evaluate(cbam_ext.to_plain(ours), x), expected)
+
+
+@pytest.mark.parametrize("tool", ["peft", "accelerate", "torchao"])
+def test_to_plain_after_a_tool(tool: str) -> None:
+    """What a tool put in place of a layer, or around it, goes over, and pickles if that does."""
+    x = images(torch.float32)
+    ours = make_nets(torch.float32)[0].eval()
+    if tool == "peft":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = ["fc1", "fc2", "conv"]
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        ours = inject_adapter_in_model(config, ours)
+    elif tool == "accelerate":
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        add_hook_to_module(layer_of(ours, "channel.fc1"), ModelHook())
+    else:
+        torchao = pytest.importorskip("torchao")
+        torchao.quantization.quantize_(ours, torchao.quantization.Int8WeightOnlyConfig())
+    assert why(ours) is not None
+    expected = evaluate(ours, x)
+    plain = cbam_ext.to_plain(ours)
+    results = [plain, copy.deepcopy(plain)]
+    if tool == "peft":  # the others leave local functions on the layer, which no pickle takes
+        results.append(pickle.loads(pickle.dumps(plain)))
+    for each in results:
+        assert_same(evaluate(each, x), expected, TOLERANCE_OF_FLOATS)
+        assert [*each.state_dict()] == [*ours.state_dict()]
+
+
+def test_to_plain_says_which_tool_to_undo() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours = make_nets()[0]
+    add_hook_to_module(ours.cbam, ModelHook())
+    with pytest.raises(TypeError, match="another forward as by accelerate; undo that first"):
+        cbam_ext.to_plain(ours)
+    config = LoraConfig(target_modules=["fc1"], modules_to_save=["spatial"])
+    ours = inject_adapter_in_model(config, make_nets()[0])
+    with pytest.raises(TypeError, match="a gate of a CBAM was replaced; put it back first"):
+        cbam_ext.to_plain(ours)
 
 
 # -------------------------------------------------------------------------- Torch-Pruning
