@@ -2,7 +2,8 @@
 
 ``structure`` and ``behaviour`` recognise a module, ``pairs`` finds two gates that a block
 multiplies itself, ``translation`` and ``rewriting`` put ours there, ``walk`` goes over the model;
-``checkpoints`` reads the files of others, ``plain`` is the way back, in ``portable`` modules.
+``checkpoints`` reads the files of others, in which ``unwrapping`` finds the tensors and ``forms``
+knows the names; ``plain`` is the way back, in ``portable`` modules.
 
 >>> import timm
 >>> model = timm.create_model("resnet18", block_args={"attn_layer": "cbam"})

@@ -3,90 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..module import CBAM, Residual
-from .structure import Structure
+from .forms import FORMS, Form, form_by_shapes
 from .translation import translate_conv
-
-
-@dataclass(frozen=True)
-class Form:
-    """The names that one implementation, or one converted module, gives to its layers.
-
-    ``depth``: of how many names the CBAM's own name in the base is made, where the layers stand
-    beside it and not in it.
-    """
-
-    source: str
-    structure: Structure
-    depth: int = 0
-
-    @staticmethod
-    def of(kind: str, structure: Structure, halves: dict[str, str] | None = None) -> Form:
-        """What was found in a module of class ``kind``, or in two halves of these names."""
-        if halves is None:
-            return Form(kind, structure)
-
-        def beside(name: str) -> str:
-            half, _, rest = name.partition(".")
-            return f"{halves[half]}.{rest}".rstrip(".")
-
-        renamed = replace(
-            structure,
-            fc1=beside(structure.fc1),
-            fc2=beside(structure.fc2),
-            conv=beside(structure.conv),
-            norm=None if structure.norm is None else beside(structure.norm),
-        )
-        return Form(kind, renamed, halves["channel"].count(".") + 1)
-
-    def layers(self) -> dict[str, str]:
-        """Their names by ours."""
-        s = self.structure
-        layers = {"channel.fc1": s.fc1, "channel.fc2": s.fc2, "spatial.conv": s.conv}
-        return layers if s.norm is None else {**layers, "spatial.norm": s.norm}
-
-    def at(self, base: str, state: Mapping[str, Tensor]) -> bool:
-        """Whether ``state`` has this form's layers under ``base``."""
-        names = (self.structure.fc1, self.structure.fc2, self.structure.conv)
-        shapes = [tuple(state[n].shape) for name in names if (n := f"{base}{name}.weight") in state]
-        if len(shapes) < len(names):
-            return False
-        fc1, fc2, conv = shapes
-        return fc1[:2] == fc2[:2][::-1] and len(conv) == 4 and conv[:2] == (1, 2)
-
-
-_AUTHORS = Structure(
-    "ChannelGate.mlp.1",
-    "ChannelGate.mlp.3",
-    "SpatialGate.spatial.conv",
-    "SpatialGate.spatial.bn",
-    swapped=True,
-)
-_TIMM = Structure("channel.fc1", "channel.fc2", "spatial.conv.conv", "spatial.conv.bn")
-_MMYOLO = Structure(
-    "channel_attention.fc.0.conv", "channel_attention.fc.1.conv", "spatial_attention.conv.conv"
-)
-_EXTERNAL = Structure("ca.se.0", "ca.se.2", "sa.conv", swapped=True, residual=True)
-_PEACHYPIE = Structure("cam.linear.0", "cam.linear.2", "sam.conv", swapped=True, residual=True)
-
-_FORMS = (
-    Form("Jongchan/attention-module (the authors)", _AUTHORS),
-    Form("timm", _TIMM),
-    Form("luuuyi/CBAM.PyTorch", Structure("ca.fc.0", "ca.fc.2", "sa.conv1")),
-    Form("luuuyi/CBAM.PyTorch, older", Structure("ca.fc1", "ca.fc2", "sa.conv1")),
-    # Its classifier has a pair at each end.
-    Form("luuuyi/CBAM.PyTorch", Structure("ca1.fc.0", "ca1.fc.2", "sa1.conv1")),
-    Form("luuuyi/CBAM.PyTorch, older", Structure("ca1.fc1", "ca1.fc2", "sa1.conv1")),
-    Form("open-mmlab/mmyolo", _MMYOLO),
-    Form("xmu-xiaoma666/External-Attention-pytorch", _EXTERNAL),
-    Form("Peachypie98/CBAM", _PEACHYPIE),
-    Form("braindecode", Structure("fc.0", "fc.2", "conv")),
-)
+from .unwrapping import Candidate, candidates, unwrapped
 
 # Names that tell of something else than a CBAM, by what they end in.
 _OTHERS = {
@@ -97,28 +21,53 @@ _OTHERS = {
 }
 
 
-def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, str]:
+class Translated(dict[str, str]):
+    """What :func:`load_peer_state_dict` returns: for each CBAM where its form comes from.
+
+    ``unwrapped`` tells where the tensors were and what stood before their names; None where the
+    state dict was taken as it came.
+    """
+
+    def __init__(self, sources: Mapping[str, str], unwrapped: str | None) -> None:
+        super().__init__(sources)
+        self.unwrapped = unwrapped
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self.unwrapped is None else f"{text} from {self.unwrapped}"
+
+
+def load_peer_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Any], *, maximum_first: bool | None = None
+) -> dict[str, str]:
     """Loads a checkpoint made with somebody else's CBAM into a model with ours, strictly.
 
     ``module`` is the model of the checkpoint with our CBAM in its place: what
     :func:`cbam_ext.convert` makes of it, or a model that was written so. Every CBAM takes the names
     of what :func:`cbam_ext.convert` found in its place, of the authors' code, timm, luuuyi (both
     namings), mmyolo, External-Attention, Peachypie98 and braindecode, or ours; all other tensors
-    keep their names. A "module." or "_orig_mod." that DataParallel or ``torch.compile`` put before
-    all names, and a dict that holds the tensors under "state_dict", are undone.
+    keep their names. Other names are known by the shapes, given ``maximum_first``.
+
+    The tensors may be anywhere in the checkpoint, as under "state_dict", "model" or
+    "model_state_dict", or in a module that was saved whole; and a wrapper's "module.", "model." or
+    "_orig_mod." may stand before all names. Where more than one place fits, such as a model and the
+    average of its weights, that is an error that names them.
 
     Args:
         module: a model with :class:`cbam_ext.CBAM` in it, or one itself. Where that of the
             checkpoint adds its input, it has to be a :class:`cbam_ext.Residual`.
-        state_dict: names and tensors.
+        state_dict: names and tensors, or what holds them.
+        maximum_first: whether the convolution of the CBAMs saw ``[maximum, average]`` (True) or
+            ``[average, maximum]`` (False). None takes it from the names, where these are known.
 
     Returns:
-        For each CBAM that was translated, by its name in ``module``, where its form comes from.
+        For each CBAM that was translated, by its name in ``module``, where its form comes from. Its
+        ``unwrapped`` tells what was undone, None where nothing was.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``, ``state_dict`` no mapping of tensors.
+        TypeError: ``module`` is no ``nn.Module``, ``state_dict`` holds no mapping of tensors.
         RuntimeError: tensors are missing, left over, or of another shape, or stand for something
-            that is not a CBAM. ``module`` is then unchanged.
+            that is not a CBAM; or there is more than one choice. ``module`` is then unchanged.
 
     Example:
         >>> ours = cbam_ext.CBAM(32, hidden_channels=2)
@@ -129,61 +78,97 @@ def load_peer_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> di
         ... }
         >>> cbam_ext.load_peer_state_dict(ours, theirs)
         {'': 'luuuyi/CBAM.PyTorch, older'}
+        >>> cbam_ext.load_peer_state_dict(ours, {"epoch": 3, "model": theirs})
+        {'': 'luuuyi/CBAM.PyTorch, older'} from the checkpoint["model"]
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"load_peer_state_dict: module must be a torch.nn.Module, got {type(module).__name__}"
         )
-    own = module.state_dict()
-    state = _tensors(state_dict, own)
-    problems: list[str] = []
-    translated: dict[str, str] = {}
-    for name, target in _targets(module):
-        prefix = f"{name}." if name else ""
-        found = next(_forms_of(name, target, state), None)
-        if found is None:
-            continue  # in our own names, or missing, which the comparison below tells
-        form, base = found
-        translated[name] = form.source
-        problems += [
-            f"{name or 'the module'}: {text}" for text in _misfits(target, form, base, state)
-        ]
-        inner = prefix + ("cbam." if isinstance(target, Residual) else "")
-        _translate(state, form, base, inner, own)
-    if not problems:
-        problems = list(_differences(state, own))
+    inner, outer = unwrapped(module)
+    own = inner.state_dict()
+    cbams = tuple(f"{name}." if name else "" for name, _ in _targets(inner))
+    others = [name for name in own if not name.startswith(cbams)] if cbams else list(own)
+    attempts = [
+        _Attempt(inner, own, candidate, maximum_first)
+        for candidate in candidates(state_dict, own, others)
+    ]
+    best = _choose(attempts)
+    problems = [*best.problems, *(f"{name} is left over" for name in best.candidate.beside)]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise RuntimeError(f"load_peer_state_dict: nothing was loaded, because\n{listed}")
-    module.load_state_dict(state)
-    return translated
+        where = f" of {best.candidate}" if best.candidate.is_wrapped else ""
+        raise RuntimeError(f"load_peer_state_dict: nothing was loaded{where}, because\n{listed}")
+    inner.load_state_dict(best.state)
+    return Translated(
+        {f"{outer}{name}".removesuffix("."): source for name, source in best.translated.items()},
+        str(best.candidate) if best.candidate.is_wrapped else None,
+    )
 
 
-def _tensors(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``state_dict``, under names with the wrappers of ``own``."""
-    inner = state_dict
-    if isinstance(inner, Mapping) and isinstance(inner.get("state_dict"), Mapping):
-        inner = inner["state_dict"]
-    if not isinstance(inner, Mapping):
-        raise TypeError(
-            "load_peer_state_dict: state_dict must map names to tensors, or hold such a mapping "
-            f'under "state_dict", got {type(state_dict).__name__}'
+class _Attempt:
+    """A candidate in the names of ``module``, and why it does not fit."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        own: Mapping[str, Any],
+        candidate: Candidate,
+        maximum_first: bool | None,
+    ) -> None:
+        self.candidate = candidate
+        self.state = dict(candidate.state)
+        self.problems: list[str] = []
+        self.translated: dict[str, str] = {}
+        targets = dict(_targets(module))
+        unknown = {}
+        for name, target in targets.items():
+            found = next(_forms_of(name, target, self.state, maximum_first), None)
+            if found is None:
+                unknown[name] = target
+            else:
+                self._take(name, target, *found, own)
+        for name, target in unknown.items():
+            prefix = f"{name}." if name else ""
+            if any(key.startswith(prefix) and key in self.state for key in own):
+                continue  # in our own names; what is missing the comparison below tells
+            elsewhere = tuple(f"{other}." for other in targets if other != name)
+            found = _by_shapes(name, target, self.state, own, elsewhere, maximum_first)
+            if found is not None:
+                if maximum_first is None:
+                    self.problems.append(_which_is_first(name, *found))
+                self._take(name, target, *found, own)
+        self.problems = self.problems or list(_differences(self.state, own))
+
+    def _take(
+        self, name: str, target: CBAM | Residual, form: Form, base: str, own: Mapping[str, Any]
+    ) -> None:
+        """Gives the tensors of one CBAM our names."""
+        self.translated[name] = form.source
+        self.problems += [
+            f"{name or 'the module'}: {text}" for text in _misfits(target, form, base, self.state)
+        ]
+        prefix = f"{name}." if name else ""
+        inner = prefix + ("cbam." if isinstance(target, Residual) else "")
+        _translate(self.state, form, base, inner, own)
+
+
+def _choose(attempts: list[_Attempt]) -> _Attempt:
+    """The one that fits, or that comes next to it.
+
+    Raises:
+        RuntimeError: several fit.
+    """
+    fitting = [attempt for attempt in attempts if not attempt.problems]
+    if len(fitting) > 1:
+        listed = "\n".join(f"  - {attempt.candidate}" for attempt in fitting)
+        raise RuntimeError(
+            "load_peer_state_dict: nothing was loaded, because there is more than one choice; pass "
+            f"the tensors of one of these:\n{listed}"
         )
-    for name, value in inner.items():
-        if not isinstance(value, Tensor) and name not in own:
-            raise TypeError(
-                "load_peer_state_dict: state_dict must map names to tensors, but has "
-                f"{type(value).__name__} under {name!r}"
-            )
-    state = dict(inner)
-    for wrapper in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile, and both
-        if _all_begin_with(wrapper, state) and not _all_begin_with(wrapper, own):
-            state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return state
-
-
-def _all_begin_with(wrapper: str, names: Mapping[str, Any]) -> bool:
-    return bool(names) and all(name.startswith(wrapper) for name in names)
+    if fitting:
+        return fitting[0]
+    return min(attempts, key=lambda each: len(each.problems) + len(each.candidate.beside))
 
 
 def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
@@ -197,7 +182,7 @@ def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
 
 
 def _forms_of(
-    name: str, target: nn.Module, state: Mapping[str, Tensor]
+    name: str, target: nn.Module, state: Mapping[str, Tensor], maximum_first: bool | None
 ) -> Iterator[tuple[Form, str]]:
     """The forms that the CBAM called ``name`` has in ``state``, and what stands before the names.
 
@@ -211,15 +196,51 @@ def _forms_of(
         base = "".join(f"{part}." for part in parts[: len(parts) - origin.depth] if part)
         if origin.at(base, state):
             yield origin, base
+    forms = [form.with_order(maximum_first) for form in FORMS]
     base = f"{name}." if name else ""
-    yield from ((form, base) for form in _FORMS if form.at(base, state))
+    yield from ((form, base) for form in forms if form.at(base, state))
     if name:
         parent, _, last = name.rpartition(".")
         base = f"{parent}." if parent else ""
-        here = [form for form in _FORMS if form.at(base, state)]
+        here = [form for form in forms if form.at(base, state)]
         named = [form for form in here if form.structure.fc1.split(".")[0] == last]
         pairs = {form.structure.fc1.split(".")[0] for form in here}
         yield from ((form, base) for form in (named or (here if len(pairs) == 1 else [])))
+
+
+def _by_shapes(
+    name: str,
+    target: CBAM | Residual,
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Any],
+    elsewhere: tuple[str, ...],
+    maximum_first: bool | None,
+) -> tuple[Form, str] | None:
+    """The same by shapes: of all tensors in the place of this CBAM, or beside it, that are left.
+
+    ``elsewhere``: what the names in the places of others begin with.
+    """
+    for owner in dict.fromkeys((name, name.rpartition(".")[0])):
+        base = f"{owner}." if owner else ""
+        left = {
+            full.removeprefix(base): tensor
+            for full, tensor in state.items()
+            if full.startswith(base) and full not in own and not full.startswith(elsewhere)
+        }
+        form = form_by_shapes(left, target, maximum_first)
+        if form is not None:
+            return form, base
+    return None
+
+
+def _which_is_first(name: str, form: Form, base: str) -> str:
+    s = form.structure
+    return (
+        f"{name or 'the module'}: by shapes its layers are {base}{s.fc1}, {base}{s.fc2} and "
+        f"{base}{s.conv}, but neither names nor shapes tell in which order that convolution sees "
+        "its two maps: pass maximum_first=False where its code has [average, maximum], and "
+        "maximum_first=True for the other order"
+    )
 
 
 def _translate(

@@ -27,7 +27,7 @@ def to_plain(
     dtype of its layers, as PyTorch's do. :func:`convert` leads back.
 
     A block whose forward :func:`convert` wrote, and a :class:`cbam_ext.Residual`, become
-    GraphModules, with the attributes of their class no more; the hooks of
+    GraphModules, without the methods of their class; the hooks of
     :func:`cbam_ext.smp.add_cbam` become such too, which ``torch.jit.script`` does not take (script
     the model itself).
 

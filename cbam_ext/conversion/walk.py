@@ -11,8 +11,8 @@ from torch import nn
 from .._inputs import Call, as_call
 from .._progress import track
 from .behaviour import TOLERANCE, deviation, recognise
-from .checkpoints import Form
 from .copies import copy_of
+from .forms import Form
 from .outputs import calls_of_gates, compare_outputs, outputs_of
 from .pairs import direct_children, has_forward, has_pair, is_sequence, put, replace_pairs
 from .plain import is_plain_cbam
