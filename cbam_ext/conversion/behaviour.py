@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ..layers import has_hooks
 from ..module import Residual
+from .casts import WithoutCasts
 from .structure import RefusalError, Structure, weight_layers
 from .translation import build, is_ours, translate_conv
 
@@ -65,12 +66,13 @@ def _prove(module: nn.Module, structure: Structure) -> Structure:
     for samples, margin, scale in _DRAWS:
         _draw_weights(probe, structure, generator)
         x = scale * _draw_map(probe, structure, generator, samples, margin)
-        truth = _run(probe.eval(), x)
+        with WithoutCasts() as casts:
+            truth = _run(probe.eval(), x)
         variants = [v for v in variants if distance(truth, _ours(probe, v, x)) <= TOLERANCE]
         if not variants:
             raise RefusalError(_explain_behaviour(module))
     _check_training(probe, variants[0], x)
-    return variants[0]
+    return replace(variants[0], casts=casts.seen)
 
 
 def _ours(probe: nn.Module, structure: Structure, x: Tensor) -> Tensor:
@@ -84,7 +86,9 @@ def deviation(module: nn.Module, structure: Structure) -> float:
     """
     probe = _probe_copy(module)
     x = _draw_map(probe, structure, torch.Generator().manual_seed(1))
-    return distance(_run(probe.eval(), x), _ours(probe, structure, x))
+    with WithoutCasts():
+        truth = _run(probe.eval(), x)
+    return distance(truth, _ours(probe, structure, x))
 
 
 def _check_replaceable(module: nn.Module, structure: Structure) -> None:
@@ -192,7 +196,8 @@ def _training_step(
 ) -> list[Tensor | None]:
     leaf = x.clone().requires_grad_()
     leaves = [*_leaves(module, variant), leaf]
-    output = _run(module, leaf)
+    with WithoutCasts():
+        output = _run(module, leaf)
     wanted = [t for t in leaves if t is not None]
     gradients = iter(torch.autograd.grad(output.square().sum(), wanted, allow_unused=True))
     found = [None if t is None else next(gradients) for t in leaves]

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._inputs import Call
 from .behaviour import agree, distance
+from .casts import WithoutCasts
 from .structure import RefusalError
 
 # Image sizes that a block, or a whole classifier, may be tried on.
@@ -58,7 +59,8 @@ Results = dict[str, Tensor | None]
 
 def _step(module: nn.Module, inputs: Call) -> Results:
     """Outputs, gradients of the floating inputs and of the parameters, and buffers after it."""
-    outputs = [t for t in tree_leaves(inputs.run(module)) if isinstance(t, Tensor)]
+    with WithoutCasts():
+        outputs = [t for t in tree_leaves(inputs.run(module)) if isinstance(t, Tensor)]
     results: Results = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     leaves = {f"input {i}": t for i, t in enumerate(inputs.tensors()) if t.requires_grad}
     leaves |= {n: p for n, p in module.named_parameters() if p.requires_grad}

@@ -31,6 +31,7 @@ class Structure:
 
     ``fc1``, ``fc2``, ``conv`` and ``norm`` are names of submodules. ``swapped``: channel 0 of the
     convolution sees the maximum instead of the average. ``residual``: the input is added.
+    ``casts``: it casts to float32 itself.
     """
 
     fc1: str
@@ -39,12 +40,17 @@ class Structure:
     norm: str | None = None
     swapped: bool = False
     residual: bool = False
+    casts: bool = False
 
     def notes(self, module: nn.Module) -> list[str]:
         """What is worth telling about the replacement."""
         notes = []
         if self.residual:
             notes.append("adds its input, so it became Residual(CBAM)")
+        if self.casts:
+            notes.append(
+                "casts to float32 by itself; ours computes in it too and returns the input's dtype"
+            )
         height, width = module.get_submodule(self.conv).weight.shape[2:]
         if height != width:
             notes.append(

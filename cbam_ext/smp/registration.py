@@ -32,6 +32,9 @@ def register() -> None:
     ``cbam`` is for all architectures: the ``where`` of :func:`add_cbam`, or a dict of its
     arguments, as in ``smp.FPN("resnet18", cbam={"where": "skips", "reduction": 8})``.
 
+    A checkpoint with CBAMs that is loaded into a model without their places, as
+    ``from_pretrained`` may do where it is not strict, is loaded with a warning that names them.
+
     Everything else that smp accepts or refuses stays as it was. A process that loads a saved model
     by ``from_pretrained`` has to register first. Repeated calls change nothing; where smp has a
     "cbam" of its own, that one stays, with a warning.
@@ -51,6 +54,9 @@ def register() -> None:
     for architecture in _architectures(smp):
         if not _is_ours(architecture.__init__):
             architecture.__init__ = _with_placement(architecture.__init__)
+    base = smp.base.SegmentationModel
+    if not _is_ours(base.load_state_dict):
+        base.load_state_dict = _telling_of_lost(base.load_state_dict)
 
 
 def unregister() -> None:
@@ -66,6 +72,9 @@ def unregister() -> None:
     for patched in (smp.base.modules.Attention, *_architectures(smp)):
         if _is_ours(patched.__init__):
             patched.__init__ = patched.__init__.__wrapped__
+    base = smp.base.SegmentationModel
+    if _is_ours(base.load_state_dict):
+        base.load_state_dict = base.load_state_dict.__wrapped__
 
 
 def prune_unused(model: nn.Module) -> nn.Module:
@@ -152,6 +161,39 @@ def _with_placement(original: Callable[..., None]) -> Callable[..., None]:
             placement.from_keyword(self, cbam)
 
     return _mark(__init__)
+
+
+def _telling_of_lost(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_state_dict`` that warns of CBAMs which have no place in the model.
+
+    Strict, it raises by itself; but from_pretrained need not be strict, and does not say what it
+    left out.
+    """
+
+    @functools.wraps(original)
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], **options: Any) -> Any:
+        held = _cbams_of(state_dict)
+        result = original(self, state_dict, **options)
+        lost = sorted(held - _cbams_of(self.state_dict()))
+        if lost:
+            warnings.warn(
+                f"CBAMs of this checkpoint have no place in this {type(self).__name__} and were "
+                f"left out: {', '.join(lost)}. Build the model with them before it loads, by "
+                "cbam_ext.smp.add_cbam, cbam= or decoder_attention_type=; an __init__ without "
+                "**kwargs does not take these from a saved config",
+                UserWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return _mark(load_state_dict)
+
+
+def _cbams_of(state: Mapping[str, Any]) -> set[str]:
+    """The names of the CBAMs in a state dict."""
+    end = ".channel.fc1.weight"
+    names = {name.removesuffix(end) for name in state if name.endswith(end)}
+    return {name for name in names if f"{name}.spatial.conv.weight" in state}
 
 
 def _register_attention(attention: type[nn.Module]) -> None:

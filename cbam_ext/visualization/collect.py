@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import functools
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def visualize(
     The model runs in eval mode, without gradients and uncompiled, under the autocast that is on.
     Afterwards it is as it was: training flags, running statistics, gradients and PyTorch's random
     numbers on the CPU and its GPU. A model in ``torch.compile``, DataParallel or
-    DistributedDataParallel is looked at inside its wrapper; of the latter, in one process.
+    DistributedDataParallel is looked at inside its wrapper; of the latter, in one process. CBAMs
+    that are scripted or traced by themselves are left out, with a warning that names them.
 
     Args:
         model: any module that holds CBAMs, or a CBAM.
@@ -168,6 +170,7 @@ def _find(model: nn.Module) -> dict[str, CBAM]:
         if isinstance(module, CBAM)
     }
     if found:
+        _tell_of_scripted(model)
         return found
     message = f"model ({type(model).__name__}) has no cbam_ext.CBAM"
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -183,6 +186,22 @@ def _find(model: nn.Module) -> dict[str, CBAM]:
                 "if that is a CBAM, convert it first: model = cbam_ext.convert(model)"
             )
     raise ValueError(f"{message}; there is nothing to look at")
+
+
+def _tell_of_scripted(model: nn.Module) -> None:
+    """Warns of CBAMs that cannot be looked into, beside those that can."""
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name == CBAM.__name__
+    ]
+    if left_out:
+        warnings.warn(
+            f"visualize leaves out {', '.join(left_out)}: what is scripted or traced cannot be "
+            "looked into; pass the model that it was made from",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _choose(found: dict[str, CBAM], modules: str | Iterable[str] | None) -> dict[str, CBAM]:

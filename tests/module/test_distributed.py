@@ -135,14 +135,14 @@ def small_model(norm_layer: Callable[[int], nn.Module] | None) -> nn.Module:
     )
 
 
-def slim_unet() -> nn.Module:
+def slim_unet(attention: str | None = "cbam") -> nn.Module:
     cbam_ext.smp.register()
     try:
         return smp.Unet(
             "tu-mobilenetv3_small_050",
             encoder_weights=None,
             decoder_channels=(32, 32, 16, 16, 16),
-            decoder_attention_type="cbam",
+            decoder_attention_type=attention,
         )
     finally:
         cbam_ext.smp.unregister()
@@ -154,6 +154,9 @@ MODELS = {
     "batch norm": lambda: small_model(nn.BatchNorm2d),
     "unet": slim_unet,
     "pruned unet": lambda: cbam_ext.smp.prune_unused(slim_unet()),
+    "placed in a unet": lambda: cbam_ext.smp.add_cbam(
+        slim_unet(None), ["encoder", "decoder"], norm_layer="batchnorm"
+    ),
 }
 
 
@@ -237,6 +240,8 @@ STATIC = {"static_graph": True, "gradient_as_bucket_view": True}
         ("batch norm", {}),
         ("pruned unet", {}),
         ("pruned unet", STATIC),
+        ("placed in a unet", {}),
+        ("placed in a unet", STATIC),
         ("unet", {"find_unused_parameters": True}),
     ],
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else value,

@@ -22,8 +22,10 @@ SLIM = {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32, "en
 
 @pytest.fixture(autouse=True)
 def unregister_afterwards():
+    original = smp.base.SegmentationModel.load_state_dict
     yield
     cbam_ext.smp.unregister()
+    assert smp.base.SegmentationModel.load_state_dict is original
     assert {name: cls.__init__ for name, cls in ARCHITECTURES.items()} == ORIGINAL_INITS
 
 
@@ -169,6 +171,38 @@ def test_subclasses(registered, tmp_path):
 
 
 # ------------------------------------------------------------------------------ saving
+
+
+class OwnInit(smp.FPN):
+    """Whose ``__init__`` takes nothing that a saved config may have added."""
+
+    def __init__(self, encoder_name: str = "resnet18") -> None:
+        super().__init__(encoder_name, encoder_weights=None, **SLIM)
+
+
+def test_cbams_that_loading_leaves_out_are_told(registered, tmp_path):
+    model = add_cbam(OwnInit(), ["skips", "decoder"])
+    model.save_pretrained(tmp_path)
+    wanted = "no place in this OwnInit and were left out: decoder.cbam_features.1, decoder.cbam_f"
+    with pytest.warns(UserWarning, match=wanted):
+        assert names(OwnInit.from_pretrained(tmp_path)) == []
+    with pytest.warns(UserWarning, match="decoder.cbam_output. Build the model with them before"):
+        fpn().load_state_dict(model.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        fpn().load_state_dict(model.state_dict())
+    unet = {"decoder_channels": (16,), "encoder_depth": 1, "encoder_weights": None}
+    with_attention = smp.Unet("resnet18", decoder_attention_type="cbam", **unet)
+    with pytest.warns(UserWarning, match="out: decoder.blocks.0.attention1.attention, "):
+        smp.Unet("resnet18", **unet).load_state_dict(with_attention.state_dict(), strict=False)
+
+
+def test_nothing_is_told_where_nothing_is_lost(registered, tmp_path, recwarn):
+    model = fpn(cbam="skips")
+    model.save_pretrained(tmp_path)
+    smp.FPN.from_pretrained(tmp_path)
+    smp.from_pretrained(tmp_path, strict=False)
+    fpn(cbam="encoder").load_state_dict(model.state_dict(), strict=False)
+    assert not [each for each in recwarn if "CBAMs of this checkpoint" in str(each.message)]
 
 
 @pytest.mark.parametrize("how", ["keyword", "afterwards"])

@@ -279,6 +279,17 @@ def test_a_tuple_holds_all_arguments():
     assert maps.overlays().axes[0].get_title() == "image"
 
 
+def test_scripted_cbams_beside_others_are_told():
+    module = cbam_ext.CBAM(3)
+    scripted = torch.jit.script(copy.deepcopy(module))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), module, nn.Sequential(scripted))
+    with pytest.warns(UserWarning, match=r"visualize leaves out 2\.0: what is scripted") as caught:
+        maps = visualize(model, images())
+    assert list(maps) == ["1"]
+    told = [each for each in caught if "visualize" in str(each.message)]
+    assert len(told) == 1 and told[0].filename == __file__
+
+
 def test_a_forward_that_works_in_place():
     class InPlace(nn.Module):
         def __init__(self) -> None:
