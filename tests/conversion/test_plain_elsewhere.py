@@ -246,7 +246,8 @@ def run_elsewhere(model: nn.Module, x: Tensor, folder: Path) -> None:
     """A pickle of the plain form gives the same in a process that has not this package."""
     torch.save(cbam_ext.to_plain(model.eval()), folder / "model.pt")
     torch.save(x, folder / "x.pt")
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "tests")}  # classes of peers
+    paths = [str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH", "")]  # for classes of peers
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True, env=environment)
     with torch.no_grad():
         expected = model(x)
