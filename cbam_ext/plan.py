@@ -115,21 +115,36 @@ class LaunchPlan:
         tiles = self.chunk * self.tiles
         mlp = self.chunk * self.mlp_blocks
         wide = self.vector * self.dtype.itemsize
+        whole = self.mlp_blocks == 1  # the MLP is one launch
         if not self.backward:
-            return (
-                Launch("pool", sweep, "x", "2 values per channel", 1, 0, wide),
+            mlp_launches: tuple[Launch, ...] = (
                 Launch("hidden units", mlp, "values per channel", "2 values per unit", 0),
                 Launch("channel gate", mlp, "values per unit", "channel gate", 0),
+            )
+            if whole:
+                mlp_launches = (
+                    Launch("channel gate", mlp, "values per channel", "channel gate", 0),
+                )
+            return (
+                Launch("pool", sweep, "x", "2 values per channel", 1, 0, wide),
+                *mlp_launches,
                 Launch("channel statistics", sweep, "x", "2 maps per pixel", 1, 0, wide),
                 Launch("spatial gate", tiles, "2 maps per pixel", "spatial gate", 0),
                 Launch("output", sweep, "x", "y", 1, 1, wide),
+            )
+        mlp_launches = (
+            Launch("hidden gradients", mlp, "values per channel", "3 values per unit", 0),
+            Launch("channel gradients", mlp, "values per unit", "3 values per channel", 0),
+        )
+        if whole:
+            mlp_launches = (
+                Launch("channel gradients", mlp, "values per channel", "3 values per channel", 0),
             )
         return (
             Launch("gate gradients", sweep, "x, dy", "4 maps per pixel", 2, 0, wide),
             Launch("map gradients", tiles, "maps per pixel", "2 maps per pixel", 0),
             Launch("backward pool", sweep, "x", "4 values per channel", 1, 0, wide),
-            Launch("hidden gradients", mlp, "values per channel", "3 values per unit", 0),
-            Launch("channel gradients", mlp, "values per unit", "3 values per channel", 0),
+            *mlp_launches,
             Launch("input gradient", sweep, "dy", "dx", 1, 1, wide),
             Launch("parameters", None, "values per channel and unit", "their gradients", 0),
         )

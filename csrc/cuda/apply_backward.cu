@@ -8,48 +8,69 @@
 // The second is a sweep (sweep.cuh, bodies.cuh); a chunk's part of its inputs is read once.
 
 #include "call.cuh"
+#include "channel_stats.cuh"
 #include "spans.cuh"
 #include "spatial_gate.cuh"
 
 namespace cbam::cuda {
 namespace {
 
-// The partial results of GateGrads without statistics, added up.
+// The partial results of GateGrads without statistics, added up. A thread takes a pixel; but of a
+// channel there are many partial results, so the first blocks take a span of channels of a sample
+// each, as in the MLP.
 template <class S>
 struct PhaseGrads {
   using A = Acc<S>;
   int64_t samples, channels, pixels;
   int64_t pixel_spans, channel_spans;
+  Mlp cut;
   const A* gate_grads;   // [chunk, channel spans, P]
   const A* dots;         // [chunk, pixel spans, C]
   const A* sa;           // [chunk, P]
   A* grad_channel_gate;  // [chunk, C]
   A* grad_logits;        // [chunk, P]
+
+  __host__ __device__ int64_t channel_blocks() const { return samples * cut.blocks; }
 };
 
-template <class A>
-__device__ A add_partials(const A* partials, int64_t index, int64_t size, int64_t spans) {
-  const int64_t sample = index / size, element = index - sample * size;
-  const A* const from = partials + sample * spans * size + element;
-  Sum<A> sum = Sum<A>::none();
-  add_terms<8>(
-      int64_t{0}, int64_t{1}, spans, [&](int64_t i) { return Sum<A>{load(from + i * size)}; }, sum);
-  return sum.value;
+template <class S>
+__device__ void add_channels(const PhaseGrads<S>& args, int64_t block) {
+  using A = Acc<S>;
+  const int64_t sample = block / args.cut.blocks;
+  const int64_t first = (block - sample * args.cut.blocks) * args.cut.span;
+  const int64_t count = smaller<int64_t>(args.cut.span, args.channels - first);
+  const A* const dots = args.dots + sample * args.pixel_spans * args.channels + first;
+  A* const to = args.grad_channel_gate + sample * args.channels + first;
+  add_spans<8>(
+      static_cast<int>(count), args.cut.span, static_cast<int>(args.pixel_spans),
+      shared_memory<Sum<A>>(),
+      [&](int span, int c) { return Sum<A>{load(dots + span * args.channels + c)}; },
+      [&](int c, const Sum<A>& total) { store(to + c, total.value); });
+}
+
+template <class S>
+__device__ void add_pixels(const PhaseGrads<S>& args, int64_t block) {
+  using A = Acc<S>;
+  const int64_t i = block * kThreads + threadIdx.x;
+  if (i >= args.samples * args.pixels) return;
+  const int64_t sample = i / args.pixels, pixel = i - sample * args.pixels;
+  const A* const grads = args.gate_grads + sample * args.channel_spans * args.pixels + pixel;
+  const A gate = load(args.sa + i);
+  const auto grad = join_spans<Sum<A>>(
+      args.channel_spans, [&](int span) { return Sum<A>{load(grads + span * args.pixels)}; });
+  store(args.grad_logits + i, gate * (1 - gate) * grad.value);
 }
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
     phase_grads_kernel(const __grid_constant__ PhaseGrads<S> args) {
-  using A = Acc<S>;
   wait_for_previous_launches();
-  each_in_grid(args.samples * args.pixels, [&](int64_t i) {
-    const A gate = load(args.sa + i);
-    const A grad = add_partials(args.gate_grads, i, args.pixels, args.channel_spans);
-    store(args.grad_logits + i, gate * (1 - gate) * grad);
-  });
-  each_in_grid(args.samples * args.channels, [&](int64_t i) {
-    store(args.grad_channel_gate + i, add_partials(args.dots, i, args.channels, args.pixel_spans));
-  });
+  const int64_t block = blockIdx.x, channel_blocks = args.channel_blocks();
+  if (block < channel_blocks) {
+    add_channels(args, block);
+  } else {
+    add_pixels(args, block - channel_blocks);
+  }
 }
 
 template <class A>
@@ -79,6 +100,7 @@ void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, Phas
     sums.samples = chunk.samples;
     sums.channels = p.c;
     sums.pixels = p.pixels();
+    sums.cut = call.plan.mlp;
     sums.pixel_spans = call.plan.sweep.pixel_spans;
     sums.channel_spans = call.plan.sweep.channel_spans;
     sums.gate_grads = memory.gate_grads;
@@ -86,8 +108,8 @@ void apply_backward(const ApplyBackwardArgs& args, const Call<S, layout, W, Phas
     sums.sa = sa;
     sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
     sums.grad_logits = chunk.values(args.grad_logits, p.pixels());
-    call.launcher.launch_each(phase_grads_kernel<S>, chunk.samples * std::max(p.c, p.pixels()),
-                              sums);
+    const int64_t blocks = sums.channel_blocks() + divide_up(chunk.samples * p.pixels(), kThreads);
+    call.launcher.launch(phase_grads_kernel<S>, blocks, kThreads * sizeof(Sum<A>), sums);
   });
 }
 

@@ -17,7 +17,8 @@
 // A chunk of x and g stays in the L2 cache, so that two reads and the write reach memory. Launches
 // 1, 3 and 6 are sweeps (sweep.cuh, bodies.cuh) with a block for each span of rows and columns;
 // launch 2 has a block for each tile (map_grads.cuh), 4 and 5 one for each span of channels
-// (mlp.cuh). Blocks of one launch never wait for each other. Grids: plan.cpp.
+// (mlp_grads.cuh), and they are one launch where that is one block for a sample. Blocks of one
+// launch never wait for each other. Grids: plan.cpp.
 //
 // Where a norm stands between the phases of forward, the gradient of the second phase is an
 // operator of its own (apply_backward.cu), and launch 1 then reads x alone.
@@ -31,7 +32,7 @@
 
 #include "call.cuh"
 #include "map_grads.cuh"
-#include "mlp.cuh"
+#include "mlp_grads.cuh"
 #include "parameter_grads.cuh"
 
 namespace cbam::cuda {
@@ -133,18 +134,22 @@ class Sweeps {
                                  memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots});
   }
 
-  // Launch 4. `grads` with what it needs beside shapes and the memory of the sweeps.
-  void launch_hidden_grads(HiddenGrads<S> grads) const {
-    const Plan& plan = chunk_.plan;
-    grads.shape = mlp_shape<S>(chunk_.problem, plan);
-    grads.span_pixels = plan.sweep.span_pixels;
+  // What launch 4 needs beside the parameters.
+  HiddenGrads<S> hidden_grads() const {
+    HiddenGrads<S> grads{};
+    grads.shape = mlp_shape<S>(chunk_.problem, chunk_.plan);
+    grads.span_pixels = chunk_.plan.sweep.span_pixels;
     grads.sums = memory_.pool_sums;
     grads.maxima = memory_.pool_maxima;
     grads.argmaxima = memory_.pool_argmaxima;
     grads.dots = memory_.pool_dots;
     grads.channel_gate = ca_;
     grads.channel_grads = memory_.channel_grads;
-    chunk_.launcher.launch(hidden_grads_kernel<S>, chunk_.samples * plan.mlp.blocks,
+    return grads;
+  }
+
+  void launch_hidden_grads(const HiddenGrads<S>& grads) const {
+    chunk_.launcher.launch(hidden_grads_kernel<S>, chunk_.samples * chunk_.plan.mlp.blocks,
                            sizeof(typename HiddenGrads<S>::Shared), grads);
   }
 
@@ -198,7 +203,7 @@ void launch_mlp(const Chunk<S, layout, W>& chunk, const Sweeps<S, layout, W>& sw
                 const BackwardArgs& args, const BackwardMemory<Acc<S>>& memory) {
   const Problem& p = chunk.problem;
   const Plan& plan = chunk.plan;
-  HiddenGrads<S> hidden{};
+  HiddenGrads<S> hidden = sweeps.hidden_grads();
   if (args.grad_channel_gate != nullptr) {
     hidden.gate_grads = chunk.values(args.grad_channel_gate, p.c);
     hidden.gate_spans = 1;
@@ -211,16 +216,21 @@ void launch_mlp(const Chunk<S, layout, W>& chunk, const Sweeps<S, layout, W>& sw
   hidden.pooled = chunk.part(memory.pooled, 2 * p.c);
   hidden.dz = chunk.part(memory.dz, p.c);
   hidden.parts = memory.hidden_parts;
-  sweeps.launch_hidden_grads(hidden);
-
   ChannelGrads<S> grads{};
-  grads.shape = mlp_shape<S>(p, plan);
+  grads.shape = hidden.shape;
   grads.parts = memory.hidden_parts;
   grads.fc1_bias = args.parameters.fc1_bias;
   grads.fc1 = hidden.fc1;
   grads.hidden_units = chunk.part(memory.hidden_units, 2 * p.hidden);
   grads.dunits = chunk.part(memory.dunits, 2 * p.hidden);
   grads.channel_grads = memory.sweeps.channel_grads;
+  if (plan.mlp.blocks == 1) {
+    chunk.launcher.launch(whole_gate_grads_kernel<S>, chunk.samples,
+                          sizeof(typename WholeGateGrads<S>::Shared),
+                          WholeGateGrads<S>{hidden, grads});
+    return;
+  }
+  sweeps.launch_hidden_grads(hidden);
   chunk.launcher.launch(channel_grads_kernel<S>, chunk.samples * plan.mlp.blocks,
                         sizeof(typename ChannelGrads<S>::Shared), grads);
 }
@@ -295,7 +305,7 @@ void channel_stats_backward(const ChannelStatsBackwardArgs& args,
     sweeps.launch_stats();
     sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()), nullptr);
     sweeps.launch_pool();
-    HiddenGrads<S> sums{};
+    HiddenGrads<S> sums = sweeps.hidden_grads();
     sums.grad_channel_gate = chunk.values(args.grad_channel_gate, p.c);
     sweeps.launch_hidden_grads(sums);
   });
@@ -310,7 +320,7 @@ void pool_backward(const PoolBackwardArgs& args, const Call<S, layout, W, SweepM
     sweeps.launch_pixel_grads(chunk.values(args.grad_stats, 2 * p.pixels()),
                               chunk.values(args.spatial_gate, p.pixels()));
     sweeps.launch_pool();
-    HiddenGrads<S> given{};
+    HiddenGrads<S> given = sweeps.hidden_grads();
     given.grad_pooled = chunk.values(args.grad_pooled, 2 * p.c);
     sweeps.launch_hidden_grads(given);
     sweeps.launch_input_grad(chunk.features(args.grad_output), chunk.features(args.grad_input));

@@ -1,17 +1,18 @@
 // Forward: y = sigmoid(conv(stats of u)) u, u = ca x, in six launches for each chunk of samples.
 //
-//   1  pool               reads x           sum and maximum of each channel, in spans of pixels
-//   2  hidden units       small maps        their average and maximum, and W1 times these
-//   3  channel gate       small maps        the rest of the MLP: the channel gate ca
-//   4  channel statistics reads x           sum and maximum of u for each pixel, in spans of
-//   channels 5  spatial gate       small maps        the convolution of their mean and maximum: the
-//   gate sa 6  output             reads x, writes y y = sa u
+//   1  pool           reads x           sum and maximum of each channel, in spans of pixels
+//   2  hidden units   small maps        their average and maximum, and W1 times these
+//   3  channel gate   small maps        the rest of the MLP: the channel gate ca
+//   4  channel stats  reads x           sum and maximum of u for each pixel, in spans of channels
+//   5  spatial gate   small maps        the convolution of their mean and maximum: the gate sa
+//   6  output         reads x, writes   y = sa u
+//                     y
 //
 // A launch either streams x, or is small and soon over. A chunk stays in the L2 cache, so that only
 // the first read and the write reach memory. Launches 1, 4 and 6 are sweeps (sweep.cuh, bodies.cuh)
 // with a block for each span of rows and columns; 2 and 3 have a block for each span of channels
-// (mlp.cuh), 5 one for each tile of pixels (spatial_gate.cuh). Blocks of one launch never wait for
-// each other. Grids: plan.cpp.
+// (mlp.cuh), and are one where that is one block for a sample; 5 has one for each tile of pixels
+// (spatial_gate.cuh). Blocks of one launch never wait for each other. Grids: plan.cpp.
 //
 // Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launches 1 and
 // 2, without the weights. ChannelStatsArgs: launch 4, and a small one that adds up the spans of
@@ -75,30 +76,51 @@ void launch_pool(const Chunk<S, layout, W>& chunk, const S* x, const PoolMemory<
   chunk.sweep(Pool<S>{chunk.shape(x), memory.sums, memory.maxima});
 }
 
-// Launch 2. `units` with what it needs beside shapes and the results of launch 1.
+// What launch 2 needs beside the parameters.
 template <class S, Layout layout, int W>
-void launch_hidden_units(const Chunk<S, layout, W>& chunk, const PoolMemory<Acc<S>>& memory,
-                         HiddenUnits<S> units) {
+HiddenUnits<S> hidden_units(const Chunk<S, layout, W>& chunk, const PoolMemory<Acc<S>>& memory) {
+  HiddenUnits<S> units{};
   units.shape = mlp_shape<S>(chunk.problem, chunk.plan);
   units.sums = memory.sums;
   units.maxima = memory.maxima;
-  chunk.launcher.launch(hidden_units_kernel<S>, chunk.samples * chunk.plan.mlp.blocks,
-                        sizeof(typename HiddenUnits<S>::Shared), units);
+  return units;
 }
 
-// Launch 3.
+// Launches 2 and 3.
 template <class S, Layout layout, int W>
-void launch_channel_gate(const Chunk<S, layout, W>& chunk, const Parameters& parameters,
-                         const Acc<S>* hidden_parts, Acc<S>* ca) {
+void launch_mlp(const Chunk<S, layout, W>& chunk, const Parameters& parameters,
+                const ForwardMemory<Acc<S>>& memory, Acc<S>* ca) {
+  const Mlp& cut = chunk.plan.mlp;
+  HiddenUnits<S> units = hidden_units(chunk, memory.pool);
+  units.fc1 = matrix_of(parameters.fc1_weight, cut.span);
+  units.parts = memory.hidden_parts;
   ChannelGate<S> gate{};
-  gate.shape = mlp_shape<S>(chunk.problem, chunk.plan);
-  gate.parts = hidden_parts;
+  gate.shape = units.shape;
+  gate.parts = memory.hidden_parts;
   gate.fc1_bias = parameters.fc1_bias;
   gate.fc2_bias = parameters.fc2_bias;
   gate.fc2 = matrix_of(parameters.fc2_weight, gate.shape.piece);
   gate.channel_gate = ca;
-  chunk.launcher.launch(channel_gate_kernel<S>, chunk.samples * chunk.plan.mlp.blocks,
-                        sizeof(typename ChannelGate<S>::Shared), gate);
+  if (cut.blocks == 1) {
+    chunk.launcher.launch(whole_gate_kernel<S>, chunk.samples,
+                          sizeof(typename WholeGate<S>::Shared), WholeGate<S>{units, gate});
+    return;
+  }
+  const int64_t blocks = chunk.samples * cut.blocks;
+  chunk.launcher.launch(hidden_units_kernel<S>, blocks, sizeof(typename HiddenUnits<S>::Shared),
+                        units);
+  chunk.launcher.launch(channel_gate_kernel<S>, blocks, sizeof(typename ChannelGate<S>::Shared),
+                        gate);
+}
+
+// In the place of launches 2 and 3.
+template <class S, Layout layout, int W>
+void launch_pooled_maps(const Chunk<S, layout, W>& chunk, const PoolMemory<Acc<S>>& memory,
+                        Acc<S>* pooled) {
+  HiddenUnits<S> units = hidden_units(chunk, memory);
+  units.pooled = pooled;
+  chunk.launcher.launch(hidden_units_kernel<S>, chunk.samples * chunk.plan.mlp.blocks,
+                        sizeof(typename HiddenUnits<S>::Shared), units);
 }
 
 // Launch 4.
@@ -163,14 +185,7 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
     A* const ca = wanted_ca == nullptr ? memory.ca : wanted_ca;
 
     launch_pool(chunk, x, memory.pool);
-
-    HiddenUnits<S> units{};
-    units.fc1 = matrix_of(args.parameters.fc1_weight, call.plan.mlp.span);
-    units.parts = memory.hidden_parts;
-    launch_hidden_units(chunk, memory.pool, units);
-
-    launch_channel_gate(chunk, args.parameters, memory.hidden_parts, ca);
-
+    launch_mlp(chunk, args.parameters, memory, ca);
     launch_stats(chunk, x, ca, memory.stats);
 
     A* const wanted_sa = chunk.values(args.spatial_gate, p.pixels());
@@ -201,9 +216,7 @@ template <class S, Layout layout, int W>
 void pool(const PoolArgs& args, const Call<S, layout, W, PoolMemory>& call) {
   call.each_chunk([&](const auto& chunk) {
     launch_pool(chunk, chunk.features(args.input), call.memory);
-    HiddenUnits<S> pooled_maps{};
-    pooled_maps.pooled = chunk.values(args.pooled, 2 * call.problem.c);
-    launch_hidden_units(chunk, call.memory, pooled_maps);
+    launch_pooled_maps(chunk, call.memory, chunk.values(args.pooled, 2 * call.problem.c));
   });
 }
 

@@ -71,10 +71,10 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
   const int width = kind == Kind::kConv ? args.conv_width : args.mlp_width;
   const int64_t element = block * width + (thread & (width - 1));
   Sum<A> total[1] = {Sum<A>::none()};
-  const auto add = [&](int64_t terms, auto&& term) {
+  const auto add = [&](int64_t terms, auto&& factors, auto&& term) {
     add_terms<8>(
-        int64_t{thread / width}, int64_t{kThreads / width}, terms,
-        [&](int64_t n) { return Sum<A>{term(n)}; }, total[0]);
+        int64_t{thread / width}, int64_t{kThreads / width}, terms, factors,
+        [&](const auto& loaded) { return Sum<A>{term(loaded)}; }, total[0]);
   };
   // Calls write() in one thread of the element.
   const auto keep = [&](auto&& write) {
@@ -86,41 +86,65 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
     int64_t r, c;
     split(element, channels, r, c);
     if (present) {
-      add(args.samples, [&](int64_t n) {
-        const A* const pooled = args.pooled + 2 * n * channels + c;
-        const A* const dunits = args.dunits + 2 * n * hidden + r;
-        return load(dunits) * load(pooled) + load(dunits + hidden) * load(pooled + channels);
-      });
+      struct Factors {
+        A dunits[2], pooled[2];  // of average and maximum
+      };
+      add(
+          args.samples,
+          [&](int64_t n) -> Factors {
+            const A* const pooled = args.pooled + 2 * n * channels + c;
+            const A* const dunits = args.dunits + 2 * n * hidden + r;
+            return {{load(dunits), load(dunits + hidden)}, {load(pooled), load(pooled + channels)}};
+          },
+          [](const Factors& of) {
+            return of.dunits[0] * of.pooled[0] + of.dunits[1] * of.pooled[1];
+          });
     }
     keep([&] { store_parameter<S>(args.grads.fc1_weight, 0, r, c, total[0].value); });
   } else if constexpr (kind == Kind::kFc2Weight) {
     int64_t c, r;
     split(element, hidden, c, r);
     if (present) {
-      add(args.samples, [&](int64_t n) {
-        const A* const units = args.hidden_units + 2 * n * hidden + r;
-        return load(args.dz + n * channels + c) * (load(units) + load(units + hidden));
-      });
+      struct Factors {
+        A dz, units[2];
+      };
+      add(
+          args.samples,
+          [&](int64_t n) -> Factors {
+            const A* const units = args.hidden_units + 2 * n * hidden + r;
+            return {load(args.dz + n * channels + c), {load(units), load(units + hidden)}};
+          },
+          [](const Factors& of) { return of.dz * (of.units[0] + of.units[1]); });
     }
     keep([&] { store_parameter<S>(args.grads.fc2_weight, 0, c, r, total[0].value); });
   } else if constexpr (kind == Kind::kFc1Bias) {
     if (present) {
-      add(args.samples, [&](int64_t n) {
-        const A* const dunits = args.dunits + 2 * n * hidden + element;
-        return load(dunits) + load(dunits + hidden);
-      });
+      struct Terms {
+        A dunits[2];
+      };
+      add(
+          args.samples,
+          [&](int64_t n) -> Terms {
+            const A* const dunits = args.dunits + 2 * n * hidden + element;
+            return {{load(dunits), load(dunits + hidden)}};
+          },
+          [](const Terms& of) { return of.dunits[0] + of.dunits[1]; });
     }
     keep([&] { store_parameter<S>(args.grads.fc1_bias, 0, 0, element, total[0].value); });
   } else if constexpr (kind == Kind::kFc2Bias) {
     if (present) {
       // The MLP ran twice.
-      add(args.samples, [&](int64_t n) { return 2 * load(args.dz + n * channels + element); });
+      add(
+          args.samples, [&](int64_t n) { return load(args.dz + n * channels + element); },
+          [](A dz) { return 2 * dz; });
     }
     keep([&] { store_parameter<S>(args.grads.fc2_bias, 0, 0, element, total[0].value); });
   } else {
     if (present) {
-      add(args.tiles,
-          [&](int64_t n) { return load(args.conv_grads + n * (args.taps + 1) + element); });
+      add(
+          args.tiles,
+          [&](int64_t n) { return load(args.conv_grads + n * (args.taps + 1) + element); },
+          [](A of_tile) { return of_tile; });
     }
     keep([&] {
       if (element == args.taps) {

@@ -31,21 +31,26 @@ __device__ void meet_in_block(Accumulator (&values)[K], int width, Accumulator* 
 
 // Combines the terms n, n + step, ... below `count` with a total, `batch` of them in flight. Those
 // of a batch meet first, which bounds the rounding error of long sums.
-template <int batch, class Accumulator, class Index, class Load>
-__device__ void add_terms(Index n, Index step, Index count, Load&& load, Accumulator& total) {
+//
+//   load(n)   what a term is made of, as it comes from memory: nobody waits for it in between
+//   make(it)  the term
+template <int batch, class Accumulator, class Index, class Load, class Make>
+__device__ void add_terms(Index n, Index step, Index count, Load&& load, Make&& make,
+                          Accumulator& total) {
 #pragma unroll 1
   for (; n < count; n += batch * step) {
     if (n + step >= count) {  // as often as not there is one
-      total.combine(load(n));
+      total.combine(make(load(n)));
       return;
     }
-    Accumulator terms[batch];
+    decltype(load(n)) loaded[batch];
     // A term that is not there is loaded from where one is, so that no branch stands between loads.
 #pragma unroll
-    for (int i = 0; i < batch; ++i) terms[i] = load(n + i * step < count ? n + i * step : n);
+    for (int i = 0; i < batch; ++i) loaded[i] = load(n + i * step < count ? n + i * step : n);
+    Accumulator terms[batch];
 #pragma unroll
-    for (int i = 1; i < batch; ++i) {
-      if (n + i * step >= count) terms[i] = Accumulator::none();
+    for (int i = 0; i < batch; ++i) {
+      terms[i] = n + i * step < count ? make(loaded[i]) : Accumulator::none();
     }
 #pragma unroll
     for (int half = batch / 2; half > 0; half /= 2) {
@@ -70,7 +75,7 @@ __device__ void add_spans(int columns, int width, int spans, Accumulator* scratc
   if (column < columns) {
     add_terms<batch>(
         thread / width, kThreads / width, spans, [&](int span) { return load(span, column); },
-        total[0]);
+        [](const Accumulator& partial) { return partial; }, total[0]);
   }
   meet_in_block(total, width, scratch);
   if (thread < columns) keep(thread, total[0]);

@@ -67,7 +67,7 @@ __device__ T load(const T* from) {
 // Asks the L2 cache for data that will be loaded soon, and waits for nothing.
 template <class T>
 __device__ void prefetch(const T* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 #else
   static_cast<void>(from);

@@ -126,7 +126,8 @@ def _text(found: Detection) -> str:
 # What is for the order of launches, not of the threads of one.
 BETWEEN_LAUNCHES = ("wait",)
 
-# Sizes at which every barrier counts: several spans, several tiles, kernels too large to stage.
+# Sizes at which every barrier counts: several spans, several tiles, kernels too large to stage,
+# more hidden units than a block takes at once.
 EXACTING = [
     Problem((2, 9, 5, 7), 3, 2, layout="nhwc", biases="12c"),
     Problem((1, 8, 70, 10), 3, biases="12c"),
@@ -136,6 +137,7 @@ EXACTING = [
     Problem((1, 300, 7, 7), 7, 4, layout="nhwc"),
     Problem((3, 6, 5, 7), 3, 2, torch.float16, biases="c"),
     Problem((1, 40, 3, 5), 3, 300),
+    Problem((1, 300, 2, 3), 3, 300),
 ]
 
 

@@ -175,24 +175,29 @@ def test_halos_and_small_maps(
 
 @pytest.mark.parametrize("dependent", [True, False])
 @pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("shape", [(3, 64, 20, 24), (3, 192, 20, 8)], ids=["whole", "parts"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["forward", "_forward_train", "_backward"])
 def test_launches(
     device: Emulation,
     name: str,
     layout: str,
+    shape: tuple[int, int, int, int],
     chunks: int,
     dependent: bool,
     generator: torch.Generator,
 ) -> None:
-    problem = Problem((3, 64, 20, 24), 7, 4, torch.float32, layout)
+    """Six for each chunk; five where one block takes the MLP of a sample."""
+    problem = Problem(shape, 7, 4, torch.float32, layout)
     if chunks == 1:
         device.configure(dependent_launch=dependent)
     else:  # a sample is 120 KiB
         device.configure(1, 240 * KIB, dependent_launch=dependent)
     recording = (run := record(device, name, problem, generator)).recording
     backward = name == "_backward"
-    assert len(recording.kernels) == 6 * chunks + backward
+    of_chunk = 5 if shape[1] == 64 else 6
+    assert len(run.blocks) == of_chunk
+    assert len(recording.kernels) == of_chunk * chunks + backward
     assert recording.kernels == recording.launches  # and nothing is cleared before them
     assert all(launch.block == 256 for launch in recording.kernels)
     # What stands before the first kernel may be no kernel of ours.

@@ -29,13 +29,15 @@ class Build(enum.Enum):
     FAST = "fast"
     SANITIZED = "sanitized"  # AddressSanitizer and UBSan
     INSTRUMENTED = "instrumented"  # tells the detector of races of every access to shared memory
+    COUNTED = "counted"  # counts rounds of loads, in float64
 
 
-# Of the operators. The instrumented ones are loaded beside those of the fast build.
+# Of the operators. The last two are loaded beside those of the fast build.
 NAMESPACES = {
     Build.FAST: "cbam_emulated",
     Build.SANITIZED: "cbam_emulated",
     Build.INSTRUMENTED: "cbam_instrumented",
+    Build.COUNTED: "cbam_counted",
 }
 
 # The GPU's compiler lets kernels see one buffer as several types, so must this one.
@@ -52,11 +54,17 @@ _FLAGS = {
         "-fno-sanitize-recover=all",
     ),
     Build.INSTRUMENTED: _FAST,
+    Build.COUNTED: _FAST,
 }
-# Of the kernels, not of the runtime, which is what their accesses are told to. Linked without it.
-_KERNEL_FLAGS = {Build.INSTRUMENTED: ("-O1", "-g1", "-fsanitize=thread")}
+# Of the kernels, not of the runtime, which is what they tell. Linked without them.
+_KERNEL_FLAGS = {
+    Build.INSTRUMENTED: ("-O1", "-g1", "-fsanitize=thread"),
+    Build.COUNTED: ("-O1", "-include", "emulation/rounds.h"),
+}
 
 _RUNTIME = tuple(sorted((HERE / "runtime").glob("*.cpp")))
+_OPERATORS = {Build.INSTRUMENTED: "instrumented_library.cpp", Build.COUNTED: "counted_library.cpp"}
+_TOYS = {Build.COUNTED: (HERE / "counting_toys.cu",)}
 _FOLDERS = (HERE / "include", HERE / "runtime")
 
 
@@ -67,8 +75,7 @@ def build(kind: Build = Build.FAST) -> Path:
     kernels = [CSRC / "cuda" / name for name in names]
     arguments = [CSRC / "torch" / name for name in ("checks.cpp", "tensors.cpp")]
     torch_folder = Path(torch.__file__).resolve().parent
-    instrumented = kind is Build.INSTRUMENTED
-    operators = HERE / ("instrumented_library.cpp" if instrumented else "library.cpp")
+    operators = HERE / _OPERATORS.get(kind, "library.cpp")
     library = Library(
         "operators",
         (*kernels, *arguments, operators, *_RUNTIME),
@@ -87,7 +94,7 @@ def build_toys(kind: Build = Build.FAST) -> Path:
     """The library of the toy kernels, which need no torch."""
     library = Library(
         "toys",
-        (HERE / "toys.cu", HERE / "racing_toys.cu", *_RUNTIME),
+        (*_TOYS.get(kind, (HERE / "toys.cu", HERE / "racing_toys.cu")), *_RUNTIME),
         (*compilation.headers_in(*_FOLDERS), HERE / "toys.cuh"),
         _flags(kind),
         _linked(kind),

@@ -36,6 +36,7 @@ class Launch:
     wide_loads: int  # accesses of 16 bytes
     wide_stores: int
     atomics: int
+    rounds: int  # of loads, the most of any thread; 0 but in the counted build
     memory_read: int  # by the model of L2; 0 without one
     memory_written: int
 
@@ -148,7 +149,7 @@ class Emulation:
 
 
 @functools.cache
-def operators() -> Emulation:
-    """The library that holds ``torch.ops.cbam_emulated``."""
-    build.load()
-    return Emulation(build.loaded_path())
+def operators(kind: build.Build | None = None) -> Emulation:
+    """The library that holds ``torch.ops.cbam_emulated``, or what is of that kind."""
+    build.load(kind)
+    return Emulation(build.loaded_path() if kind is None else build.build(kind))

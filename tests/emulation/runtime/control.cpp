@@ -26,7 +26,7 @@ void write(std::ostream& out, const Record& record) {
   }
   out << ", \"wide_loads\": " << counters.wide_loads
       << ", \"wide_stores\": " << counters.wide_stores << ", \"atomics\": " << counters.atomics
-      << ", \"memory_read\": " << record.memory_read
+      << ", \"rounds\": " << counters.rounds << ", \"memory_read\": " << record.memory_read
       << ", \"memory_written\": " << record.memory_written << "}";
 }
 

@@ -88,6 +88,8 @@ Properties& properties() {
   return instance;
 }
 
+uint64_t launch_count() { return launches; }
+
 std::mutex& device_mutex() {
   static std::mutex instance;
   return instance;

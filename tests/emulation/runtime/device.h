@@ -45,6 +45,9 @@ struct Recording {
 
 Properties& properties();
 
+// Launches until now, the running one included.
+uint64_t launch_count();
+
 // Launches come from any host thread, one at a time.
 std::mutex& device_mutex();
 

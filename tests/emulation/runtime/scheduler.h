@@ -52,6 +52,7 @@ class Scheduler {
   uint64_t exchange(uint64_t value, unsigned source_lane, Site site);
   [[noreturn]] void fault(const std::string& what);
 
+  bool is_running() const { return current_ != kHost; }
   unsigned thread() const { return current_; }
   unsigned char* shared() const { return shared_; }
 

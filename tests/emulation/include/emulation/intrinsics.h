@@ -74,6 +74,7 @@ struct Counters {
   uint64_t bytes[kAccessKinds];
   uint64_t wide_loads, wide_stores;  // accesses of 16 bytes
   uint64_t atomics;
+  uint64_t rounds;  // of loads, the most of any thread; in the counted build alone (rounds.h)
 };
 extern Counters counters;  // of the running launch
 
