@@ -169,6 +169,8 @@ def use_kernels(input: Tensor) -> bool:
     """Whether the kernels take ``input``; where they cannot, warns once per kind of device."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         return False  # the reference's checks explain
+    if ops.is_recorded() and torch.onnx.is_in_onnx_export():
+        return False  # its exporters know PyTorch's own operators alone
     device = input.device.type
     if ops.has_kernels(device):
         return True

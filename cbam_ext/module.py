@@ -110,7 +110,8 @@ class CBAM(nn.Module):
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return self._symbolic(input)
-        if not torch.compiler.is_compiling():  # which learns from the questions what to guard
+        # A compiler learns from the questions what to guard, a tracer takes sizes for tensors.
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             quick = self._read_quickly()
             if quick is not None:
                 try:

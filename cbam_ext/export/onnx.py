@@ -1,7 +1,9 @@
-"""The operators in ONNX, for PyTorch's own exporter.
+"""The operators in ONNX, for PyTorch's own exporter where it is given an exported program.
 
-They become what :mod:`cbam_ext.reference` computes, in operators of ONNX's standard opset alone:
-what runs the file needs nothing of this package. Importing this module does not need onnxscript.
+Models need none of it: while one is exported, CBAM is plain PyTorch (``functional.py``). The
+operators become what :mod:`cbam_ext.reference` computes, in operators of ONNX's standard opset
+alone: what runs the file needs nothing of this package. Importing this module does not need
+onnxscript.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ Value: TypeAlias = Any
 
 
 def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export(..., dynamo=True)`` has to know to export a model with CBAM.
+    """What ``torch.onnx.export`` has to know to write an exported program with CBAM.
+
+    It needs nothing for a model: the operators stand in what :func:`torch.export.export` has made,
+    and where a model calls ``torch.ops.cbam`` itself.
 
     Sums, gates and logits are in the accumulator dtype there too, and the sizes of the batch and of
     the images may be dynamic. The nodes are of opset 18, which the exporter turns into any newer
@@ -40,12 +45,11 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Example:
         >>> model = CBAM(64).eval()  # doctest: +SKIP
+        >>> program = torch.export.export(model, (torch.rand(2, 64, 56, 56),))  # doctest: +SKIP
         >>> torch.onnx.export(  # doctest: +SKIP
-        ...     model,
-        ...     (torch.rand(2, 64, 56, 56),),
+        ...     program,
+        ...     (),
         ...     "cbam.onnx",
-        ...     dynamo=True,
-        ...     dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
         ...     custom_translation_table=onnx_translation_table(),
         ... )
     """

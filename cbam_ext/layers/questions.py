@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrizations, parametrize
 
-from ..reference import DTYPES
+from ..reference import DTYPES, untraced
 
 # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
 Parameters = tuple[Tensor | None, ...]
@@ -140,6 +140,7 @@ def are_of_one_mlp(fc1: nn.Linear, fc2: nn.Linear) -> bool:
     return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features
 
 
+@untraced
 def slides_as_built(conv: nn.Conv2d, weight: Tensor | None) -> bool:
     """Whether the layer makes one map of two, of the same size, as the operator does."""
     size = conv.kernel_size[0]

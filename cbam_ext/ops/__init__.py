@@ -5,7 +5,7 @@
 PyTorch. Whether there are kernels at all is for others to ask.
 """
 
-from .calls import has_kernels
+from .calls import has_kernels, is_recorded
 from .dispatch import apply_gates, around_batch_norm, cbam, gates, spatial_logits
 from .flops import fvcore_handles
 from .pieces import Carriers, channel_stats, pool
@@ -21,6 +21,7 @@ __all__ = [
     "fvcore_handles",
     "gates",
     "has_kernels",
+    "is_recorded",
     "pool",
     "register",
     "spatial_logits",

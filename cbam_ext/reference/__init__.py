@@ -5,7 +5,7 @@ they accept. Nothing here knows of kernels.
 """
 
 from . import backward
-from .checks import DTYPES, MAX_CHANNELS, check_arguments, check_input
+from .checks import DTYPES, MAX_CHANNELS, check_arguments, check_input, untraced
 from .forward import (
     accumulator_dtype,
     apply_gates,
@@ -32,5 +32,6 @@ __all__ = [
     "gates",
     "pool",
     "spatial_logits",
+    "untraced",
     "without_autocast",
 ]

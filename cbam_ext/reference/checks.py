@@ -7,6 +7,11 @@ with the same words.
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,7 +20,28 @@ from .._text import name_of
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 2**31 - 1  # kernels keep the channel of a maximum in 32 bits
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def untraced(question: Callable[P, T]) -> Callable[P, T]:
+    """Keeps a tracer from warning of ``question``, which reads sizes that the graph is free of.
+
+    To ``torch.jit.trace`` sizes are tensors, and a comparison of them a branch that it loses.
+    """
+
+    @functools.wraps(question)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.jit.is_tracing():
+            return question(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return question(*args, **kwargs)
+
+    return wrapped
+
+
+@untraced
 def check_arguments(
     input: Tensor,
     fc1_weight: Tensor,
@@ -63,6 +89,7 @@ def check_arguments(
     _check_shape("conv_bias", conv_bias, [1])
 
 
+@untraced
 def check_input(input: Tensor) -> None:
     """What :func:`check_arguments` says of the feature map."""
     _check_tensor("input", input)

@@ -1,100 +1,55 @@
-"""Export to ONNX: standard operators only, and the numbers that come out of the files."""
+"""Export to ONNX: standard operators only, and the numbers that come out of the files.
+
+By the plain call of both exporters, and from exported programs by the table of translations.
+"""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import cbam_ext.smp
 from cbam_ext import reference
-from cbam_ext.building import library
-from cbam_ext.ops import calls
 
-from support.samples import DTYPES, Arguments, Problem, assert_close, draw, truth
+from support import onnx_files, peers
+from support.nets import images
+from support.onnx_files import (
+    PLAIN_CALLS,
+    WAYS,
+    by_program,
+    by_torch_export,
+    by_tracing,
+    example_for,
+    module_of,
+    nodes,
+    run,
+    run_in_float64,
+)
+from support.samples import DTYPES, Problem, assert_close, draw, truth
 
-DYNAMIC = {0: "batch", 2: "height", 3: "width"}
+Way = Callable[[nn.Module, Tensor, Path, "int | None"], None]
 
-
-def export(model: nn.Module, example: Tensor, path: Path, *, opset: int | None = None) -> None:
-    """Exports with any N, H and W; the file is valid and holds standard operators only."""
-    torch.onnx.export(
-        model,
-        (example,),
-        path,
-        dynamo=True,
-        verbose=False,
-        opset_version=opset,
-        dynamic_shapes=(DYNAMIC,),
-        custom_translation_table=cbam_ext.onnx_translation_table(),
-    )
-    onnx.checker.check_model(path, full_check=True)
-    held = onnx.load(path)
-    (opset_import,) = held.opset_import
-    assert opset_import.domain == "" and opset in (opset_import.version, None)
-    assert {node.domain for node in held.graph.node} == {""}
-    assert not held.functions
-    sizes = held.graph.input[0].type.tensor_type.shape.dim
-    assert {axis: size.dim_param for axis, size in enumerate(sizes) if size.dim_param} == DYNAMIC
+pytestmark = pytest.mark.filterwarnings("ignore:.*legacy TorchScript:DeprecationWarning")
 
 
-def nodes(path: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+def export(
+    way: Way, model: nn.Module, example: Tensor, path: Path, *, opset: int | None = None
+) -> None:
+    way(model, example, path, opset)
+    onnx_files.check(path, opset)
 
 
-def run(path: Path, x: Tensor) -> list[Tensor]:
-    """What onnxruntime makes of ``x``."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    # DLPack, because NumPy has no bfloat16.
-    given = onnxruntime.OrtValue.from_dlpack(x.contiguous())
-    return [torch.from_dlpack(o) for o in session.run_with_ort_values(None, {name: given})]
-
-
-def run_in_float64(path: Path, x: Tensor) -> list[Tensor]:
-    """What the evaluator of the ONNX project makes of ``x``."""
-    evaluator = ReferenceEvaluator(str(path))
-    outputs = evaluator.run(None, {evaluator.input_names[0]: x.numpy()})
-    return [torch.from_numpy(output) for output in outputs]
-
-
-def module_of(arguments: Arguments, norm: nn.Module | None = None) -> cbam_ext.CBAM:
-    """A module with these very parameters, in eval mode."""
-    x, *parameters = arguments
-    module = cbam_ext.CBAM(
-        x.shape[1],
-        hidden_channels=arguments.fc1_weight.shape[0],
-        kernel_size=arguments.conv_weight.shape[-1],
-        norm_layer=None if norm is None else lambda channels: norm,
-    )
-    layers = (module.channel.fc1, module.channel.fc2, module.spatial.conv)
-    for index, parameter in enumerate(parameters):
-        value = None if parameter is None else nn.Parameter(parameter)
-        setattr(layers[index // 2], ("weight", "bias")[index % 2], value)
-    return module.eval()
-
-
-def example_for(x: Tensor) -> Tensor:
-    """Of other sizes than ``x``, since what is exported must not depend on them."""
-    shape = (x.shape[0] + 1, x.shape[1], x.shape[2] + 2, x.shape[3] + 3)
-    example = torch.rand(shape, dtype=torch.float64).to(x.dtype)
-    if x.is_contiguous():
-        return example
-    return example.contiguous(memory_format=torch.channels_last)
+def name_of(way: Way) -> str:
+    return way.__name__
 
 
 @pytest.fixture
@@ -106,7 +61,7 @@ def file(tmp_path: Path) -> Path:
 
 SHAPE = (2, 20, 9, 7)
 SMALL = (3, 5, 6, 11)  # fewer channels than the reduction
-PROBLEMS = [  # few, since every export takes a second
+PROBLEMS = [  # few, since the exporter of today takes a second
     *(Problem(SHAPE, 7, 2, dtype) for dtype in DTYPES),
     *(Problem(SMALL, 3, 1, dtype, "nhwc", "mixed", "12c", "relu") for dtype in DTYPES),
     Problem((1, 33, 4, 5), 1, 4, torch.float16, parameters="accumulator", biases="1"),
@@ -114,11 +69,20 @@ PROBLEMS = [  # few, since every export takes a second
 ]
 
 
+# What the exporter of today does with plain PyTorch is its own; the table is ours.
 @pytest.mark.one_quick
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_module(problem: Problem, file: Path, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("way", "problem"),
+    [
+        *((by_tracing, problem) for problem in PROBLEMS),
+        *((by_program, problem) for problem in PROBLEMS),
+        *((by_torch_export, problem) for problem in PROBLEMS[3:6]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+def test_module(way: Way, problem: Problem, file: Path, generator: torch.Generator) -> None:
     arguments = draw(problem, generator)
-    export(module_of(arguments), example_for(arguments.input), file)
+    export(way, module_of(arguments), example_for(arguments.input), file)
     evaluate = run
     if problem.dtype == torch.float64:
         # If this stops failing, onnxruntime can run it as well.
@@ -132,24 +96,36 @@ def test_module(problem: Problem, file: Path, generator: torch.Generator) -> Non
         assert_close(output, truth(arguments._replace(input=x)).output, "output")
 
 
-@pytest.mark.slow
-def test_oldest_opset(file: Path, generator: torch.Generator) -> None:
+# mmdeploy and others pin old ones.
+@pytest.mark.parametrize("opset", [9, 11, 13, 17, 18, 20])
+def test_opsets_by_tracing(opset: int, file: Path, generator: torch.Generator) -> None:
     arguments = draw(Problem(SHAPE, 3, biases="12c"), generator)
-    export(module_of(arguments), example_for(arguments.input), file, opset=18)
+    export(by_tracing, module_of(arguments), example_for(arguments.input), file, opset=opset)
     assert_close(run(file, arguments.input)[0], truth(arguments).output, "output")
 
 
-def test_gates(file: Path, generator: torch.Generator) -> None:
-    class Gates(nn.Module):
-        def __init__(self, attention: cbam_ext.CBAM) -> None:
-            super().__init__()
-            self.attention = attention
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [way for way in WAYS if way is not by_tracing], ids=name_of)
+def test_oldest_opset(way: Way, file: Path, generator: torch.Generator) -> None:
+    arguments = draw(Problem(SHAPE, 3, biases="12c"), generator)
+    export(way, module_of(arguments), example_for(arguments.input), file, opset=18)
+    assert_close(run(file, arguments.input)[0], truth(arguments).output, "output")
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.attention.attention(x)
 
+class Gates(nn.Module):
+    def __init__(self, attention: cbam_ext.CBAM) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.attention(x)
+
+
+@pytest.mark.one_quick
+@pytest.mark.parametrize("way", WAYS, ids=name_of)
+def test_gates(way: Way, file: Path, generator: torch.Generator) -> None:
     arguments = draw(Problem(SHAPE, 3, dtype=torch.float16, biases="12c"), generator)
-    export(Gates(module_of(arguments)).eval(), example_for(arguments.input), file)
+    export(way, Gates(module_of(arguments)).eval(), example_for(arguments.input), file)
     for gate, expected in zip(run(file, arguments.input), truth(arguments)[1:], strict=True):
         assert gate.dtype == torch.float32
         assert_close(gate, expected, "gate")
@@ -186,6 +162,7 @@ def operators(model: nn.Module, x: Tensor) -> list[str]:
 
 
 @pytest.mark.one_quick
+@pytest.mark.parametrize("way", WAYS, ids=name_of)
 @pytest.mark.parametrize(
     ("norm", "dtype", "expected"),
     [
@@ -197,6 +174,7 @@ def operators(model: nn.Module, x: Tensor) -> list[str]:
     ids=["batch-float32", "batch-bfloat16", "instance-float32", "instance-float16"],
 )
 def test_norm(
+    way: Way,
     norm: Callable[[int], nn.Module],
     dtype: torch.dtype,
     expected: list[str],
@@ -207,11 +185,108 @@ def test_norm(
     module = with_norm(problem, norm(1), generator)  # the norm itself stays in float32
     x = draw(problem, generator).input
     assert operators(module, x) == expected
-    export(module, example_for(x), file)
+    export(way, module, example_for(x), file)
     assert nodes(file)["BatchNormalization"] == 0  # folded into the convolution
     (output,) = run(file, x)
     assert output.dtype == dtype
     assert_close(output, truth_with_norm(module, x), "output")
+
+
+def test_training(file: Path, generator: torch.Generator) -> None:
+    """A file that goes on training, by the exporter that makes such: a norm stays one."""
+    module = with_norm(Problem(SHAPE, 3), BATCH_NORM(1), generator).train()
+    x = draw(Problem(SHAPE), generator).input
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            module,
+            (example_for(x),),
+            file,
+            dynamo=False,
+            training=torch.onnx.TrainingMode.TRAINING,
+            do_constant_folding=False,
+            input_names=["input"],
+            dynamic_axes={"input": onnx_files.DYNAMIC},
+        )
+    assert nodes(file)["BatchNormalization"] == 1
+    assert_close(run(file, x)[0], truth_with_norm(module, x), "output")
+
+
+# -------------------------------------------------------------------- what a module may be like
+
+
+class Function(nn.Module):
+    """Calls the function with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = (nn.Parameter(torch.randn(s)) for s in ((2, 8), (8, 2)))
+        self.conv = nn.Parameter(torch.randn(1, 2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cbam_ext.cbam(x, self.fc1, None, self.fc2, None, self.conv)
+
+
+def watched(name: str) -> nn.Module:
+    module = cbam_ext.CBAM(8)
+    module.get_submodule(name).register_forward_hook(lambda *_: None)
+    return module
+
+
+def treated(treat: Callable[..., object], name: str, **options: object) -> nn.Module:
+    module = cbam_ext.CBAM(8)
+    treat(module.get_submodule(name), "weight", **options)
+    return module
+
+
+def placed() -> nn.Module:
+    model = smp.Linknet("resnet18", encoder_weights=None, encoder_depth=3)
+    cbam_ext.smp.add_cbam(model)
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and channels of the input
+    "function": (Function, 8),
+    "residual": (lambda: cbam_ext.Residual(cbam_ext.CBAM(8)), 8),
+    "hooked layer": (lambda: watched("channel.fc1"), 8),
+    "hooked gate": (lambda: watched("spatial"), 8),
+    "pruned": (lambda: treated(prune.l1_unstructured, "spatial.conv", amount=0.3), 8),
+    "parametrized": (lambda: treated(parametrizations.weight_norm, "channel.fc2"), 8),
+    "converted": (lambda: cbam_ext.convert(nn.Sequential(peers.AuthorsCBAM(16))), 16),
+    "traced by fx": (lambda: torch.fx.symbolic_trace(nn.Sequential(cbam_ext.CBAM(8))), 8),
+    "placed by add_cbam": (placed, 3),
+}
+
+
+@pytest.mark.one_quick
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", PLAIN_CALLS, ids=name_of)
+def test_models(way: Way, name: str, file: Path, generator: torch.Generator) -> None:
+    if name == "traced by fx" and way is by_tracing:
+        pytest.skip("with dynamic_axes it takes no GraphModule, whatever is in it")
+    make, channels = MODELS[name]
+    model = make().eval()
+    export(way, model, torch.rand(2, channels, 32, 64, generator=generator), file)
+    x = torch.randn(3, channels, 64, 32, generator=generator)
+    expected = model(x).detach()
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(run(file, x)[0], expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_nobody_is_warned(file: Path) -> None:
+    """Of branches on sizes, which a tracer takes for lost; nor are kernels missed."""
+    for module in (cbam_ext.CBAM(8, norm_layer=BATCH_NORM).eval(), watched("channel.fc1")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", torch.jit.TracerWarning)
+            warnings.filterwarnings("error", "(?s).*cbam")
+            export(by_tracing, module, images(torch.float32, channels=8), file)
+
+
+def test_after_an_export_the_kernels_run_again(file: Path) -> None:
+    module, x = cbam_ext.CBAM(8).eval(), images(torch.float32, channels=8)
+    export(by_tracing, module, x, file)
+    names = [str(node.target) for node in torch.export.export(module, (x,)).graph.nodes]
+    assert "cbam.forward.default" in names
 
 
 # ---------------------------------------------------------------------------------- whole models
@@ -226,6 +301,7 @@ def registered() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("way", PLAIN_CALLS, ids=name_of)
 @pytest.mark.parametrize(
     ("architecture", "depth", "attention"),
     [
@@ -239,6 +315,7 @@ def registered() -> Iterator[None]:
     ids=["Unet", "UnetPlusPlus"],
 )
 def test_smp(
+    way: Way,
     architecture: type[nn.Module],
     depth: int,
     attention: str | dict[str, object],
@@ -253,7 +330,7 @@ def test_smp(
         decoder_attention_type=attention,
     ).eval()
     cbam_ext.smp.prune_unused(model)  # for counting: what never runs is not exported
-    export(model, torch.rand(2, 3, 64, 96, generator=generator), file)
+    export(way, model, torch.rand(2, 3, 64, 96, generator=generator), file)
     assert nodes(file)["ReduceMax"] == 2 * sum(
         isinstance(module, cbam_ext.CBAM) for module in model.modules()
     )
@@ -262,68 +339,3 @@ def test_smp(
         (output,) = run(file, x)
         expected = model(x).detach()
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-4 * float(expected.std()))
-
-
-# ------------------------------------------------------------------------------------- the table
-
-
-def test_without_the_table_the_exporter_does_not_know_the_operator() -> None:
-    x = torch.rand(1, 6, 5, 5)
-    with pytest.raises(torch.onnx.OnnxExporterError, match="No ONNX function found for.*cbam.forw"):
-        torch.onnx.export(cbam_ext.CBAM(6).eval(), (x,), dynamo=True, verbose=False)
-
-
-@pytest.mark.slow
-def test_without_kernels_the_table_is_empty(
-    file: Path, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "_device_types", set())
-    monkeypatch.setattr(library, "is_loaded", lambda: False)
-    assert cbam_ext.onnx_translation_table() == {}
-    arguments = draw(Problem(SHAPE, 3, dtype=torch.float16, biases="12c"), generator)
-    export(module_of(arguments), example_for(arguments.input), file)
-    assert_close(run(file, arguments.input)[0], truth(arguments).output, "output")
-
-
-@pytest.mark.slow
-def test_the_exporter_does_not_complain(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As it does about functions whose annotations it cannot evaluate."""
-    export(cbam_ext.CBAM(6).eval(), torch.rand(2, 6, 5, 5), file)
-    printed = "".join(capfd.readouterr())
-    assert "cbam" not in printed, printed
-
-
-@pytest.mark.slow
-def test_without_onnxscript() -> None:
-    """A fresh process in which it cannot be imported: only asking for the table complains."""
-    code = """
-import sys
-sys.modules["onnx"] = None
-import cbam_ext
-assert "onnxscript" not in sys.modules
-for missing in ("onnx", "onnxscript"):
-    sys.modules[missing] = None
-    try:
-        cbam_ext.onnx_translation_table()
-    except ImportError as error:
-        assert "pip install onnx onnxscript" in str(error), error
-        assert error.name == missing, error.name
-    else:
-        raise SystemExit("no error")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_missing_dependency_of_onnxscript_is_not_mistaken_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    broken = ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
-
-    def fail(*_: object) -> None:
-        raise broken
-
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.__import__", fail)
-        with pytest.raises(ModuleNotFoundError) as caught:
-            cbam_ext.onnx_translation_table()
-    assert caught.value is broken
