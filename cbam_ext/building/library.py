@@ -1,7 +1,7 @@
 """Finds and loads the compiled libraries, and knows why not.
 
-Nothing here raises: a missing part is a fact to report when it is first needed. Loading a second
-copy of the library would crash the process, so the operator itself is asked for before anything
+Nothing here raises: a missing part is a fact to report when it is first needed. A C++ extension may
+have brought a copy of a library before, so the operators themselves are asked for before anything
 is opened.
 """
 
@@ -42,9 +42,13 @@ def status() -> Status:
 
 def is_loaded() -> bool:
     """Whether the operators exist in this process, whoever loaded them."""
+    return _has_operator("cbam::forward")
+
+
+def _has_operator(name: str) -> bool:
     # Not hasattr(torch.ops.cbam, ...): in the operator's absence a function that explains stands
     # there. The dispatcher knows.
-    return len(torch._C._jit_get_schemas_for_operator("cbam::forward")) > 0
+    return len(torch._C._jit_get_schemas_for_operator(name)) > 0
 
 
 def torch_has_cuda() -> bool:
@@ -53,16 +57,15 @@ def torch_has_cuda() -> bool:
 
 
 def load(folder: Path = PACKAGE, info: dict[str, Any] | None = None) -> None:
-    """Load the libraries in `folder`, unless the operators are there already; never raises."""
-    if is_loaded():
-        return
+    """Load the libraries in `folder`, unless their operators are there already; never raises."""
     if decisions.version_tuple(torch.__version__)[:2] < decisions.MINIMUM_TORCH:
         return  # the libraries would not find what they need; missing_reason() says so
-    _status.cpu, _status.cpu_error = _open(folder / CPU_LIBRARY)
-    if _status.cpu is None:
-        return
-    _status.info = _module_build_info() if info is None else info
-    if torch_has_cuda():
+    if not is_loaded():
+        _status.cpu, _status.cpu_error = _open(folder / CPU_LIBRARY)
+        if _status.cpu is None:
+            return
+        _status.info = _module_build_info() if info is None else info
+    if torch_has_cuda() and not _has_operator("cbam::_cuda_arch"):
         _status.cuda, _status.cuda_error = _open(folder / CUDA_LIBRARY)
 
 

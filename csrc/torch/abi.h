@@ -39,6 +39,30 @@ inline void check_shim(AOTITorchError libtorch_call) {
 #endif
 }
 
+// Whether this copy of a library is the first in the process. A C++ extension that links its own
+// and the Python package bring two, of which one is to register the operators; and it is an error
+// in torch to define one twice. Each library asks in one place, by an operator that it alone
+// defines.
+class FirstCopy {
+ public:
+  explicit FirstCopy(const char* schema) {
+    check_shim(aoti_torch_library_init_fragment("cbam", __FILE__, __LINE__, &library_));
+    is_first_ = aoti_torch_library_def(library_, schema) == AOTI_TORCH_SUCCESS;
+  }
+  ~FirstCopy() { aoti_torch_delete_library_object(library_); }
+  FirstCopy(const FirstCopy&) = delete;
+  FirstCopy& operator=(const FirstCopy&) = delete;
+
+  explicit operator bool() const { return is_first_; }
+
+ private:
+  TorchLibraryHandle library_ = nullptr;
+  bool is_first_ = false;
+};
+
+// Of libcbam_cpu, which defines operators in two files.
+bool is_first_cpu_copy();
+
 // A new tensor on the device of another. torch::stable::new_empty finds its operator by name on
 // every call, which takes as long again.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

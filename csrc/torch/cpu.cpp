@@ -60,17 +60,29 @@ int64_t use_cpu_isa(int64_t isa) {
   return before->isa;
 }
 
-STABLE_TORCH_LIBRARY(cbam, m) {
-  define_operators(m);
+}  // namespace
+
+bool is_first_cpu_copy() {
   // The instruction set of the CPU kernels: KernelTable::isa.
-  m.def("_cpu_isa() -> int");
+  static const FirstCopy first("_cpu_isa() -> int");
+  return static_cast<bool>(first);
+}
+
+namespace {
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cbam, m) {
+  if (!is_first_cpu_copy()) return;
+  define_operators(m);
   // Chooses another for all calls to come, of every thread, and returns the one that was in use.
   m.def("_use_cpu_isa(int isa) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, m) { implement_operators<Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, m) {
+  if (is_first_cpu_copy()) implement_operators<Cpu>(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cbam, CompositeExplicitAutograd, m) {
+  if (!is_first_cpu_copy()) return;
   m.impl("_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("_use_cpu_isa", TORCH_BOX(&use_cpu_isa));
 }

@@ -39,9 +39,9 @@ int64_t cuda_arch(const Tensor& probe) {
   return cuda::running_arch(static_cast<int32_t*>(probe.mutable_data_ptr()), stream_of(probe));
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cbam, m) { m.def("_cuda_arch(Tensor(a!) probe) -> int"); }
-
 STABLE_TORCH_LIBRARY_IMPL(cbam, CUDA, m) {
+  static const FirstCopy first("_cuda_arch(Tensor(a!) probe) -> int");
+  if (!first) return;
   implement_operators<Cuda>(m);
   m.impl("_cuda_arch", TORCH_BOX(&cuda_arch));
 }

@@ -50,9 +50,13 @@ Tensor launch_plan(const Tensor& question) {
   return result;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cbam, m) { m.def("_launch_plan(Tensor question) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(cbam, m) {
+  if (is_first_cpu_copy()) m.def("_launch_plan(Tensor question) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, m) { m.impl("_launch_plan", TORCH_BOX(&launch_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(cbam, CPU, m) {
+  if (is_first_cpu_copy()) m.impl("_launch_plan", TORCH_BOX(&launch_plan));
+}
 
 }  // namespace
 }  // namespace cbam

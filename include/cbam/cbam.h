@@ -2,9 +2,10 @@
 // operators cbam::forward and cbam::gates through PyTorch's dispatcher.
 //
 // libcbam_cpu registers the operators when it is loaded, libcbam_cuda the kernels for CUDA tensors.
-// The CMake target cbam::cbam links both; where none is loaded, the calls throw. A process must not
-// load two copies: what runs in a Python process that imports cbam_ext, which brings its own, takes
-// this header alone.
+// The CMake target cbam::cbam links both; where none is loaded, the calls throw. A Python process
+// may load an extension that links them and import cbam_ext, which brings its own copies, in any
+// order: the first copy registers the operators, the others leave them to it. Have both of one
+// version.
 #pragma once
 
 #include <ATen/core/Tensor.h>
