@@ -3,6 +3,9 @@
 For notebooks and for installs without a compiled part. The compiling happens in a process of its
 own, so a notebook's output streams, a Ctrl-C or a crashing compiler do not touch this one. Results
 are kept in a folder per user, named after everything that they depend on.
+
+Each build has a folder of its own there, out of which its result is moved when all is done: a
+process that is killed takes its lock with it but not its compilers, which may go on writing.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +33,7 @@ from . import decisions, library
 from .decisions import BuildError, CudaPlan
 
 _POLL_SECONDS = 0.5
+_OWN_FOLDER = "build-"  # how the name of a build's own folder begins
 
 
 def build(verbose: bool = False) -> tuple[Path, dict[str, Any]]:
@@ -93,7 +99,7 @@ def _info_file(folder: Path) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    # The build writes this file last.
+    # The build writes this file last, and is moved here as a whole.
     return _info_file(folder).is_file()
 
 
@@ -127,7 +133,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(folder: Path, plan: CudaPlan, verbose: bool) -> None:
+    """Fills ``folder``, whose lock is held."""
+    for left in folder.glob(f"{_OWN_FOLDER}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)  # its compilers, if they still run, give up
     log = folder / "build.log"
+    log.unlink(missing_ok=True)  # such compilers go on writing in the old one
+    with tempfile.TemporaryDirectory(
+        prefix=_OWN_FOLDER, dir=folder, ignore_cleanup_errors=True
+    ) as own:
+        _compile_into(Path(own), log, plan, verbose)
+        result = _info_file(folder).parent
+        shutil.rmtree(result, ignore_errors=True)
+        os.rename(_info_file(Path(own)).parent, result)
+
+
+def _compile_into(folder: Path, log: Path, plan: CudaPlan, verbose: bool) -> None:
     what = "CPU and CUDA kernels" if plan.toolkit else f"CPU kernels ({plan.reason})"
     with log.open("w") as output, _Progress(f"cbam_ext: compiling {what}, log in {log}") as line:
         line.show()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,66 @@ def test_already_loaded() -> None:
         TORCH_EXTENSIONS_DIR="/nowhere",
     )
     assert output.splitlines()[-1] == str(CHECKOUT / "cbam_ext" / "libcbam_cpu.so")
+
+
+# A compiler that, for a process whose ROLE is so, waits and then writes what no loader takes.
+COMPILER = """#!{python}
+import os, pathlib, shutil, sys, time
+if os.environ.get("ROLE") != "killed" or "-o" not in sys.argv:
+    os.execvp("c++", ["c++", *sys.argv[1:]])
+folder = pathlib.Path(__file__).parent
+(folder / "session").write_text(f"{{os.getsid(0)}}\\n")
+while not (folder / "go").exists():
+    time.sleep(0.05)
+pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("broken")
+"""
+BUILD = "import cbam_ext.building.jit as jit; print(jit.build()[0])"
+
+
+@pytest.mark.slow
+def test_killed_process_leaves_compilers_that_harm_nobody(tmp_path: Path) -> None:
+    """They go on after the lock is free, while another process compiles and thereafter."""
+    package = copy_package(tmp_path)
+    (package / "csrc" / "sources.txt").write_text("cpu little.cpp\n")
+    (package / "csrc" / "little.cpp").write_text("int little() { return 1; }\n")
+    compiler, session = tmp_path / "compiler", tmp_path / "session"
+    compiler.write_text(COMPILER.format(python=sys.executable))
+    compiler.chmod(0o755)
+    settings = {
+        "FORCE_CUDA": "0",
+        "CXX": str(compiler),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"),
+    }
+    killed = subprocess.Popen(
+        [sys.executable, "-c", BUILD], cwd=package, env=clean_env(**settings, ROLE="killed")
+    )
+    _wait_until(lambda: session.exists() and session.read_text().endswith("\n"))
+    killed.kill()
+    killed.wait()
+    try:
+        result = Path(run_python(BUILD, package, **settings).splitlines()[-1])
+        files = {path: path.read_bytes() for path in result.iterdir()}
+    finally:
+        (tmp_path / "go").touch()
+    _wait_until(lambda: not _runs(int(session.read_text())))
+    assert {path: path.read_bytes() for path in result.iterdir()} == files
+    assert {path.name for path in result.parent.iterdir()} == {"cbam_ext", "build.log", "lock"}
+    ctypes.CDLL(str(result / "libcbam_cpu.so"))
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 FAILS = """
