@@ -12,6 +12,7 @@ TORCH ?= torch>=2.10
 ARGS ?=
 
 BIN := $(VENV)/bin
+RUNTIMES := $(VENV)/runtimes
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
@@ -25,7 +26,7 @@ export TORCH_CUDA_ARCH_LIST
 # Processes that share cores: their threads sleep while they wait, else they take each other's time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all test-tools test-faults bench docs lint format test-matrix clean
+.PHONY: help demo test test-all test-tools test-runtimes test-faults bench docs lint format test-matrix clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,10 +39,13 @@ test: $(VENV)/.extra-test  ## run the quick tests (ARGS="-k name" or a folder fo
 	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.extra-test  ## run the slow ones too
-	$(PYTEST) -m "not install and not tools" $(ARGS)
+	$(PYTEST) -m "not install and not tools and not runtimes" $(ARGS)
 
 test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and other tools on CBAM
 	$(PYTEST) -m tools $(ARGS)
+
+test-runtimes: $(VENV)/.runtimes  ## models in what runs networks without PyTorch
+	$(subst $(BIN),$(RUNTIMES)/bin,$(PYTEST)) -m runtimes $(ARGS)
 
 test-faults: $(VENV)/.extra-test  ## plant faults and see which tests find them (an hour or two)
 	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
@@ -83,6 +87,15 @@ $(VENV)/.built: $(VENV)/.torch $(VENV)/.settings $(SOURCES) setup.py pyproject.t
 # The package itself is there already, so this installs what the extra adds to it.
 $(VENV)/.extra-%: $(VENV)/.built pyproject.toml
 	$(PIP) install "cbam_ext[$*]"
+	touch $@
+
+# An environment of its own, for packages that others here do not go together with; it sees those of
+# VENV, so that torch is not installed again.
+$(VENV)/.runtimes: $(VENV)/.extra-test pyproject.toml
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  $$($(RUNTIMES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(RUNTIMES)/bin/python -m pip --disable-pip-version-check install "cbam_ext[runtimes]"
 	touch $@
 
 # Holds the settings of the last build; rewritten, and so newer, only when they change.

@@ -169,7 +169,7 @@ def pytest(program: Program, *arguments: str | Path, workers: int = 1) -> int:
     """Runs tests, the slow ones too. A worker that crashes is replaced, where there is xdist."""
     if importlib.util.find_spec("pytest") is None:
         program.skip("no pytest here")
-    options = ["-p", "no:cacheprovider", "-m", "not install and not tools"]
+    options = ["-p", "no:cacheprovider", "-m", "not install and not tools and not runtimes"]
     options += ["-v", "-rfE", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(workers)]

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import parametrizations, parametrize
 
-from ..reference import DTYPES, untraced
+from ..reference import DTYPES, in_dtype, untraced
 
 # fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
 Parameters = tuple[Tensor | None, ...]
@@ -224,8 +224,8 @@ def call(layer: nn.Module, input: Tensor) -> Tensor:
     for held in (layer._parameters.values, layer.parameters, layer.buffers):
         for tensor in held():
             if tensor is not None and tensor.is_floating_point():
-                return layer(input.to(tensor.dtype)).to(input.dtype)
-    return layer(input).to(input.dtype)
+                return in_dtype(layer(in_dtype(input, tensor.dtype)), input.dtype)
+    return in_dtype(layer(input), input.dtype)
 
 
 def with_own_buffers(module: nn.Module) -> nn.Module:

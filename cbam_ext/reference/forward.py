@@ -20,11 +20,21 @@ from .checks import check_arguments
 
 P = ParamSpec("P")
 T = TypeVar("T")
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, gates, pooled maps and logits for an input of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_dtype(tensor: OptionalTensor, dtype: torch.dtype) -> OptionalTensor:
+    """``tensor.to(dtype)`` where that does anything.
+
+    A tracer notes down the call either way, and quantisers of its graphs take a weight that passes
+    it for an activation.
+    """
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _has_autocast(device: str) -> bool:
@@ -83,9 +93,7 @@ def gates(
 @without_autocast
 def pool(input: Tensor) -> Tensor:
     """What the MLP sees: average (0) and maximum (1) over the pixels, ``[N, 2, C]``."""
-    pixels = input.to(accumulator_dtype(input.dtype)).flatten(2)  # [N, C, P]
-    # max(dim) and not amax: ties send the whole gradient to the first maximum.
-    return torch.stack([pixels.mean(2), pixels.max(2).values], 1)
+    return torch.stack(_average_and_maximum(input), 1)
 
 
 @without_autocast
@@ -103,10 +111,10 @@ def channel_gate(
     dtype = accumulator_dtype(input.dtype)
 
     def mlp(pooled: Tensor) -> Tensor:
-        hidden = F.relu(F.linear(pooled, fc1_weight.to(dtype), _to(fc1_bias, dtype)))
-        return F.linear(hidden, fc2_weight.to(dtype), _to(fc2_bias, dtype))
+        hidden = F.relu(F.linear(pooled, in_dtype(fc1_weight, dtype), in_dtype(fc1_bias, dtype)))
+        return F.linear(hidden, in_dtype(fc2_weight, dtype), in_dtype(fc2_bias, dtype))
 
-    average, maximum = pool(input).unbind(1)
+    average, maximum = _average_and_maximum(input)
     return torch.sigmoid(mlp(average) + mlp(maximum))[..., None, None]
 
 
@@ -116,7 +124,7 @@ def channel_stats(input: Tensor, channel_gate: Tensor) -> Tensor:
 
     Channel 0 is the average over the channels of ``u``, channel 1 the maximum.
     """
-    refined = channel_gate * input.to(accumulator_dtype(input.dtype))
+    refined = channel_gate * in_dtype(input, accumulator_dtype(input.dtype))
     return torch.stack([refined.mean(1), refined.max(1).values], 1)
 
 
@@ -128,15 +136,19 @@ def spatial_logits(
     dtype = accumulator_dtype(input.dtype)
     stats = channel_stats(input, channel_gate)
     padding = conv_weight.shape[-1] // 2
-    return F.conv2d(stats, conv_weight.to(dtype), _to(conv_bias, dtype), padding=padding)
+    return F.conv2d(
+        stats, in_dtype(conv_weight, dtype), in_dtype(conv_bias, dtype), padding=padding
+    )
 
 
 @without_autocast
 def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
     """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``."""
-    refined = channel_gate * input.to(accumulator_dtype(input.dtype))
-    return (torch.sigmoid(logits) * refined).to(input.dtype)
+    refined = channel_gate * in_dtype(input, accumulator_dtype(input.dtype))
+    return in_dtype(torch.sigmoid(logits) * refined, input.dtype)
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _average_and_maximum(input: Tensor) -> list[Tensor]:
+    pixels = in_dtype(input, accumulator_dtype(input.dtype)).flatten(2)  # [N, C, P]
+    # max(dim) and not amax: ties send the whole gradient to the first maximum.
+    return [pixels.mean(2), pixels.max(2).values]

@@ -210,12 +210,19 @@ def test_torchscript(
     torch.testing.assert_close(loaded.state_dict(), module.state_dict())
 
 
+@pytest.mark.parametrize("how", [_scripted, _traced], ids=lambda how: how.__name__[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_torchscript_frozen_in_bfloat16(generator: torch.Generator) -> None:
-    module = cbam_ext.CBAM(6, norm_layer=nn.BatchNorm2d).bfloat16().eval()
-    x = torch.randn(2, 6, 5, 7, generator=generator).bfloat16()
-    frozen = torch.jit.freeze(torch.jit.script(module))
-    torch.testing.assert_close(frozen(x), module(x), rtol=2e-2, atol=2e-2)
+def test_torchscript_frozen(
+    how: Callable[[nn.Module, Tensor], torch.jit.ScriptModule],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    module = cbam_ext.CBAM(6, norm_layer=nn.BatchNorm2d).to(dtype).eval()
+    x, other = (torch.randn(s, generator=generator).to(dtype) for s in ((2, 6, 5, 7), (3, 6, 4, 9)))
+    frozen = torch.jit.freeze(how(module, x))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(frozen(other), module(other), rtol=tolerance, atol=tolerance)
 
 
 def test_arguments_are_checked_in_exported_models(generator: torch.Generator) -> None:

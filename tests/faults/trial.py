@@ -115,7 +115,9 @@ def _arguments(fault: Fault, stage: str) -> list[str]:
         selected = ["-k", fault.keywords] if fault.keywords else []
         return [*common, *selected, *fault.tests]
     common += ["-n", str(WORKERS)]
-    return common if stage == "fast" else [*common, "-m", "not install and not tools"]
+    return (
+        common if stage == "fast" else [*common, "-m", "not install and not tools and not runtimes"]
+    )
 
 
 def judge(finished: Finished) -> tuple[str, str]:
