@@ -45,7 +45,7 @@ test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and othe
 	$(PYTEST) -m tools $(ARGS)
 
 test-runtimes: $(VENV)/.runtimes  ## models in what runs networks without PyTorch
-	$(subst $(BIN),$(RUNTIMES)/bin,$(PYTEST)) -m runtimes $(ARGS)
+	$(subst $(BIN),$(RUNTIMES)/bin,$(PYTEST)) -m runtimes tests/export $(ARGS)
 
 test-faults: $(VENV)/.extra-test  ## plant faults and see which tests find them (an hour or two)
 	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
