@@ -211,6 +211,5 @@ def test_ultralytics(tmp_path: Path) -> None:
     run_yolo(TRAIN + ONNX, tmp_path)
 
 
-@pytest.mark.xfail(reason="to_plain drops what ultralytics hangs on modules, and copies do")
 def test_ultralytics_to_openvino(tmp_path: Path) -> None:
     run_yolo(OPENVINO, tmp_path)
