@@ -161,7 +161,7 @@ Tiling cut_tiles(const Problem& p) {
 // a channel, the fewer channels. But the fewer these are, the more parts the hidden units have,
 // which every block of the next launch adds up.
 Mlp cut_mlp(const Problem& p, int64_t pixel_spans) {
-  constexpr int64_t kPartials = 8192;      // per block: 32 for each thread
+  constexpr int64_t kPartials = 4096;      // per block: 16 for each thread
   constexpr int64_t kMinSpan = 8;          // 32 bytes of accumulators: what memory moves at least
   constexpr int64_t kWeights = 16 * 2048;  // per block, if 16 channels have one hidden unit
   constexpr int64_t kMinWeights = 32;      // side by side
