@@ -19,12 +19,14 @@ from .functional import cbam
 from .loading import load
 from .module import CBAM, Residual
 from .ops import fvcore_handles
+from .placement import add_cbam, remove_cbam
 from .visualization import visualize
 
 __all__ = [
     "CBAM",
     "Residual",
     "__version__",
+    "add_cbam",
     "cbam",
     "compare_costs",
     "convert",
@@ -35,6 +37,7 @@ __all__ = [
     "measure_cost",
     "onnx_translation_table",
     "reference",
+    "remove_cbam",
     "to_plain",
     "visualize",
 ]

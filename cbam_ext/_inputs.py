@@ -1,11 +1,14 @@
-"""What a model is called with, as users give it: one rule for every function that runs a model."""
+"""How a model is run for a look at it: what it is called with, and that it stays as it was."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -82,3 +85,27 @@ def as_call(given: Any) -> Call:
                 "that takes this dict itself give it in a tuple, (inputs,)"
             )
     return Call((), dict(given))
+
+
+@contextlib.contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients or compiling, and everything back as it was at the end."""
+    training = [(module, module.training) for module in model.modules()]
+    tensors = [*model.parameters(), *model.buffers()]
+    gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(gpus), _uncompiled():
+        try:
+            # By attribute, because train() and eval() of some modules do more, merging weights say.
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    # Importing the compiler takes seconds, and nothing can be compiled before somebody has.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -2,7 +2,8 @@
 
 The CBAMs become submodules of the model's decoder, and two hooks on the decoder call them: one
 before it, on the features that it is given, one after it, on its output. So no key of the model's
-state_dict moves, and encoder and decoder stay what they are to smp.
+state_dict moves, and encoder and decoder stay what they are to smp. In the blocks of the encoder
+they are placed as in any model (:mod:`cbam_ext.placement`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +21,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..module import CBAM
-from .options import NORMS, import_smp, resolve_options
+from ..placement import (
+    NORMS,
+    Place,
+    Placed,
+    check_options,
+    check_without,
+    find_places,
+    forget_compiled_code,
+    make_cbam,
+    prepare,
+    survey_images,
+)
+from .options import import_smp
 
-_PLACES = ("encoder", "skips", "bottleneck", "decoder")
-
-# init="identity": gates of sigmoid(5) = 0.993. More would be nearer to 1, but the gradient through
-# a gate falls alike: at 5 it is a 38th of that at 0, at 8 a 750th.
-_OPEN_LOGIT = 5.0
+_PLACES = ("encoder", "skips", "bottleneck", "decoder", "residual")
+_BESIDE_STAGES = ("decoder", "residual")
 
 
 class StageAttention(nn.ModuleList):
@@ -118,6 +127,9 @@ def add_cbam(
             * "bottleneck": the deepest.
             * "decoder": the decoder's output, which the segmentation head reads.
             * a stage's number.
+            * "residual": the end of the residual branch of every block of the encoder that adds
+              its input, as the paper has it; see :func:`cbam_ext.add_cbam`. The new parameters are
+              ``encoder.*.cbam.*``, which ``freeze_encoder()`` freezes.
 
             Feature maps that the decoder does not read get no CBAM, whose parameters would have
             no gradient: DeepLabV3Plus reads stages 2 and 5, PSPNet the deepest alone. A
@@ -154,31 +166,36 @@ def add_cbam(
     """
     decoder = _check_model(model)
     places = _check_where(where)
-    options = _effective_options(init, cbam_options)
+    options = check_options(init, cbam_options)
     surroundings = _survey(model)
     stages = _choose_stages(model, places, surroundings)
+    in_blocks: list[Place] = []
+    if "residual" in places:
+        run = functools.partial(survey_images, model.encoder)
+        in_blocks = find_places(model.encoder, ["residual"], run)
 
     make = functools.partial(_make_cbam, decoder=decoder, init=init, options=options)
     # All are made before any is placed, so that an error leaves the model as it was.
     at_stages = {stage: make(surroundings.channels[stage]) for stage in stages}
     at_output = make(surroundings.output_channels) if "decoder" in places else None
-    # A pickled handle keeps its number from being given to another hook of the same module in the
-    # process that loads it; that hook would take our hook's place.
-    handles = []
+    at_blocks = prepare(in_blocks, init, options)
+    record = _record(model, where, init, cbam_options)
+    handles = {}
     if at_stages:
         decoder.cbam_features = StageAttention(
             at_stages.get(stage, nn.Identity()) for stage in range(len(surroundings.channels))
         ).train(decoder.training)
         decoder._cbam_argument = next(iter(inspect.signature(decoder.forward).parameters))
         hook = _refine_features_beside_tokens if _gives_tokens(model) else _refine_features
-        handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
+        handles["cbam_features"] = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     if at_output is not None:
         decoder.cbam_output = at_output
-        handles.append(decoder.register_forward_hook(_refine_output))
-    decoder._cbam_handles = handles
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # code that was compiled before would not call the new hooks
-    _record(model, where, init, cbam_options)
+        handles["cbam_output"] = decoder.register_forward_hook(_refine_output)
+    if handles:
+        Placed(decoder, handles, record)
+    for each in at_blocks:
+        each.put(record)
+    forget_compiled_code()
     return model
 
 
@@ -201,12 +218,8 @@ def _check_model(model: nn.Module) -> nn.Module:
             "add_cbam: model must be a model of segmentation_models_pytorch itself, not one "
             f"wrapped, compiled or inside another module; got {type(model).__name__}"
         )
+    check_without(model)
     decoder: nn.Module = model.decoder
-    if hasattr(decoder, "_cbam_handles"):
-        raise ValueError(
-            f"add_cbam: this {type(model).__name__} has CBAMs by add_cbam already; name all places "
-            'in one call, as in where=["skips", "decoder"]'
-        )
     return decoder
 
 
@@ -234,24 +247,6 @@ def _as_place(place: Any) -> Any:
 
 def _known_places() -> str:
     return f"one of {', '.join(map(repr, _PLACES))} or the number of a stage"
-
-
-def _effective_options(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of CBAM."""
-    if init not in ("default", "identity"):
-        raise ValueError(f"add_cbam: init must be 'default' or 'identity', got {init!r}")
-    options = resolve_options("add_cbam", "CBAM", given)
-    if init == "identity":
-        needed = (
-            ["mlp_bias"] if options.get("norm_layer") is not None else ["mlp_bias", "conv_bias"]
-        )
-        for name in needed:
-            if not options.setdefault(name, True):
-                raise ValueError(
-                    f"add_cbam: init='identity' opens the gates by biases; leave out "
-                    f"{name}={options[name]} or use init='default'"
-                )
-    return options
 
 
 # ------------------------------------------------------------------------- what the model has
@@ -335,13 +330,13 @@ def _choose_stages(
     named = {
         "encoder": [stage for stage in read if stage > 0 or not _begins_with_image(model)],
         "bottleneck": read[-1:],
-        "decoder": [],
+        **dict.fromkeys(_BESIDE_STAGES, ()),
     }
     named["skips"] = named["encoder"][:-1]
     chosen: set[int] = set()
     for place in places:
         stages = named[place] if isinstance(place, str) else [s for s in read if s == place]
-        if not stages and place != "decoder":
+        if not stages and place not in _BESIDE_STAGES:
             there = [repr(name) for name in _PLACES if named[name] or name == "decoder"]
             raise ValueError(
                 f"add_cbam: {type(model).__name__} with this encoder has no where={place!r}; there "
@@ -365,10 +360,10 @@ def _begins_with_image(model: nn.Module) -> bool:
 
 def _make_cbam(in_channels: int, *, decoder: nn.Module, init: str, options: dict[str, Any]) -> CBAM:
     device, dtype = _placement(decoder)
-    cbam = CBAM(in_channels, **options, device=device, dtype=dtype).train(decoder.training)
-    if init == "identity":
-        _open_gates(cbam)
-    return cbam
+    training = decoder.training
+    return make_cbam(
+        in_channels, device=device, dtype=dtype, training=training, init=init, options=options
+    )
 
 
 def _placement(decoder: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -378,26 +373,13 @@ def _placement(decoder: nn.Module) -> tuple[torch.device, torch.dtype]:
     return tensor.device, tensor.dtype
 
 
-@torch.no_grad()
-def _open_gates(cbam: CBAM) -> None:
-    nn.init.zeros_(cbam.channel.fc2.weight)
-    # The MLP runs on the average and on the maximum, so its last bias counts twice.
-    nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT / 2)
-    last = cbam.spatial.conv if cbam.spatial.norm is None else cbam.spatial.norm
-    if getattr(last, "weight", None) is None or getattr(last, "bias", None) is None:
-        raise ValueError(
-            "add_cbam: init='identity' sets weight and bias of norm_layer, which "
-            f"{type(last).__name__} does not have; make it affine or use init='default'"
-        )
-    nn.init.zeros_(last.weight)
-    nn.init.constant_(last.bias, _OPEN_LOGIT)
-
-
-def _record(model: nn.Module, where: Any, init: str, options: Mapping[str, Any]) -> None:
-    """Puts the arguments, as JSON can hold them, where smp keeps those of the model."""
-    config = model.config
+def _record(
+    model: nn.Module, where: Any, init: str, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Puts the arguments, as JSON can hold them, where smp keeps those of the model: there."""
+    config: Any = model.config
     if not isinstance(config, dict):
-        return
+        return None
     places = _check_where(where)
     entry = {
         "where": places[0] if places == [_as_place(where)] else places,
@@ -409,6 +391,7 @@ def _record(model: nn.Module, where: Any, init: str, options: Mapping[str, Any])
         names = [name for name, known in NORMS.items() if known is norm]
         entry["norm_layer"] = names[0] if names else _full_name(norm)
     config["cbam"] = entry
+    return config
 
 
 def _full_name(norm: Any) -> str:

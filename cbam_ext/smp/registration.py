@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..module import CBAM
+from ..placement import resolve_options
 from . import placement
-from .options import SMP, import_smp, resolve_options, smp_version
+from .options import SMP, import_smp, smp_version
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .._inputs import Call, as_call
+from .._inputs import Call, as_call, left_alone
 from ..module import CBAM
 from .gates import Gates
 from .maps import AttentionMaps
@@ -77,7 +77,7 @@ def visualize(
     chosen = _choose(_find(model), modules)
     gates: dict[str, Gates] = {}
     shown = [p.detach().to("cpu", copy=True) for p in pictures]  # a forward may work in place
-    with _left_alone(model), contextlib.ExitStack() as hooks:
+    with left_alone(model), contextlib.ExitStack() as hooks:
         for name, module in chosen.items():
             hook = functools.partial(_collect, gates, name)
             # Before forward, when FSDP has gathered the parameters and not yet freed them again.
@@ -219,30 +219,6 @@ def _choose(found: dict[str, CBAM], modules: str | Iterable[str] | None) -> dict
     if not chosen:
         raise ValueError("modules must hold at least one name; None looks at all CBAMs")
     return {name: module for name, module in found.items() if name in chosen}
-
-
-@contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients or compiling, and everything back as it was at the end."""
-    training = [(module, module.training) for module in model.modules()]
-    tensors = [*model.parameters(), *model.buffers()]
-    gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(gpus), _uncompiled():
-        try:
-            # By attribute, because train() and eval() of some modules do more, merging weights say.
-            for module, _ in training:
-                module.training = False
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[object]:
-    # Importing the compiler takes seconds, and nothing can be compiled before somebody has.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _as_model_wants(model: nn.Module, call: Call) -> Call:

@@ -31,10 +31,11 @@ ARROWS = {
     "conversion": "_inputs _progress layers module",
     "cost": "_inputs _progress _text",
     "visualization": "_inputs _text module",
-    "smp": "module",
+    "placement": "_inputs module reference",
+    "smp": "module placement",
     "cli": "_progress _text _version building conversion cost ops plan reference smp",
-    "__init__": "_version conversion cost export functional loading module ops reference "
-    "visualization",
+    "__init__": "_version conversion cost export functional loading module ops placement "
+    "reference visualization",
     "__main__": "cli",
 }
 # Its files are its doors: setup.py is there before torch is, and its __init__ imports nothing.

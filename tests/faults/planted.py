@@ -344,8 +344,8 @@ _PYTHON = (
         "for patched in _architectures(smp):",
     ),
     Fault(
-        "smp-identity-counts-the-bias-once",
-        "cbam_ext/smp/placement.py",
+        "placement-identity-counts-the-bias-once",
+        "cbam_ext/placement/cbams.py",
         "nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT / 2)",
         "nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT)",
     ),

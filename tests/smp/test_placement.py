@@ -220,7 +220,7 @@ def test_the_image_itself_on_request():
         ("DeepLabV3Plus", ["encoder", 3], ValueError, "where=3"),
         ("DeepLabV3Plus", -1, ValueError, "where=-1"),
         ("Unet", 0, ValueError, "where=0"),
-        ("Unet", "middle", ValueError, "'encoder', 'skips', 'bottleneck', 'decoder' or the number"),
+        ("Unet", "middle", ValueError, "'bottleneck', 'decoder', 'residual' or the number"),
         ("Unet", [], ValueError, "where is empty"),
         ("Unet", True, TypeError, "where must be one of .* got True"),
         ("Unet", [1.0], TypeError, "where must be one of"),
