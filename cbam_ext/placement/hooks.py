@@ -52,13 +52,18 @@ class Placed:
         found = None if module is None else vars(module).get(_MARK)
         return found if isinstance(found, Placed) else None
 
-    def remove_from(self, host: nn.Module) -> None:
+    def leave(self, host: nn.Module) -> None:
+        """Takes children and hooks from ``host``."""
         for name, handle in self.handles.items():
             handle.remove()
             delattr(host, name)
+        delattr(host, _MARK)
+
+    def remove_from(self, host: nn.Module) -> None:
+        """The same for good."""
+        self.leave(host)
         if self.record is not None:
             self.record.pop("cbam", None)
-        delattr(host, _MARK)
 
 
 def are_placed(model: nn.Module) -> bool:
@@ -119,8 +124,8 @@ def _hand_over(parent: nn.Module, name: str, successor: nn.Module | None) -> Non
         )
     # Where the old one was copied with its children, as convert_sync_batchnorm does.
     cbam = successor._modules.get(CHILD) or host._modules[CHILD]
-    assert isinstance(cbam, nn.Module)
-    placed.remove_from(host)
+    assert isinstance(cbam, CBAM)
+    placed.leave(host)
     placed.again(successor, cbam)
     forget_compiled_code()
 

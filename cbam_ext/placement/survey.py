@@ -178,11 +178,11 @@ class _Notebook(TorchDispatchMode):
         return hook
 
     def _described(self, output: Any) -> Output:
-        kind = type(output).__name__
         if not isinstance(output, Tensor):
+            kind = type(output).__name__
             return Output(None, (), torch.float32, torch.device("cpu"), kind)
         shape = tuple(map(int, output.shape))
-        return Output(self._known(output), shape, output.dtype, output.device, kind)
+        return Output(self._known(output), shape, output.dtype, output.device, "tensor")
 
     # Values
 
