@@ -148,10 +148,26 @@ def slim_unet(attention: str | None = "cbam") -> nn.Module:
         cbam_ext.smp.unregister()
 
 
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x))
+
+
+def with_placed() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Block(6), Block(6), nn.Conv2d(6, 2, 1))
+    options = {"hidden_channels": 6, "mlp_bias": True, "norm_layer": nn.BatchNorm2d}
+    return cbam_ext.add_cbam(model, "residual", **options)
+
+
 # In evaluation mode these treat each image alone, so a batch can be compared with its shares.
 MODELS = {
     "small": lambda: small_model(lambda channels: nn.GroupNorm(1, channels)),
     "batch norm": lambda: small_model(nn.BatchNorm2d),
+    "placed": with_placed,
     "unet": slim_unet,
     "pruned unet": lambda: cbam_ext.smp.prune_unused(slim_unet()),
     "placed in a unet": lambda: cbam_ext.smp.add_cbam(
@@ -238,6 +254,7 @@ STATIC = {"static_graph": True, "gradient_as_bucket_view": True}
         ("small", {}),
         ("small", STATIC),
         ("batch norm", {}),
+        ("placed", {}),
         ("pruned unet", {}),
         ("pruned unet", STATIC),
         ("placed in a unet", {}),

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
+import cbam_ext.smp
 from cbam_ext.smp import add_cbam
+
+from support.placements import assert_as_by_hand, by_hand, make_gates_tell
 
 PLACES = ["encoder", "decoder"]
 VIT = "tu-vit_tiny_patch16_224"
@@ -75,8 +81,6 @@ def test_a_wrong_name_is_the_decoders_own_error() -> None:
 @pytest.mark.parametrize("version", ["0.3.4", "0.4.0", "0.4.1.dev0"])
 def test_an_smp_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what to do, before anything is changed."""
-    import cbam_ext.smp
-
     model = small()
     state, attention = model.state_dict().keys(), smp.base.modules.Attention.__init__
     monkeypatch.setattr(smp, "__version__", version)
@@ -100,3 +104,86 @@ def test_an_smp_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -
 def test_other_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smp, "__version__", version)
     add_cbam(small())
+
+
+# ------------------------------------------------------------------------------ residual branches
+
+
+def names(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, cbam_ext.CBAM)]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "count", "first"),
+    [
+        ("resnet18", 6, "encoder.layer1.0.bn2.cbam"),
+        ("se_resnet50", 13, "encoder.layer1.0.se_module.cbam"),
+        ("timm-regnetx_002", 6, "encoder.model.s1.b1.conv3.cbam"),
+        ("tu-resnet18", 6, "encoder.model.layer1.0.bn2.cbam"),
+        ("efficientnet-b0", 9, "encoder._blocks.2._bn2.cbam"),
+    ],
+)
+def test_residual(encoder: str, count: int, first: str) -> None:
+    """Stages that never run, beyond the depth of the encoder, have none."""
+    with torch.device("meta"):
+        model = smp.FPN(encoder, encoder_weights=None, encoder_depth=4)
+        add_cbam(model, "residual")
+    assert len(names(model)) == count and names(model)[0] == first
+    assert all(name.startswith("encoder.") for name in names(model))
+
+
+def _basic_block(block: nn.Module, x: Tensor) -> Tensor:
+    y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+    y = block.attention(y)
+    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+
+
+def test_residual_as_by_hand() -> None:
+    model = small().double()
+    add_cbam(model, "residual")
+    assert len(names(model)) == 4
+    make_gates_tell(model)
+    assert_as_by_hand(model, by_hand(model, {BasicBlock: _basic_block}))
+
+
+def test_residual_beside_others(tmp_path: Path) -> None:
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    before = str(model)
+    add_cbam(model, ["residual", "skips", "decoder"], reduction=8)
+    found = names(model)
+    assert [n.split(".")[0] for n in found] == ["encoder"] * 4 + ["decoder"] * 3
+    cbam_ext.smp.register()
+    try:
+        model.save_pretrained(tmp_path)
+        loaded = smp.from_pretrained(tmp_path).eval()
+    finally:
+        cbam_ext.smp.unregister()
+    assert names(loaded) == found and loaded.config["cbam"] == model.config["cbam"]
+    assert torch.equal(loaded(x), model(x))
+    for call in (lambda: add_cbam(model), lambda: cbam_ext.add_cbam(model, "encoder.bn1")):
+        with pytest.raises(ValueError, match="name all places in one call, or take them out"):
+            call()
+    cbam_ext.remove_cbam(model)
+    assert str(model) == before and "cbam" not in model.config
+    assert not model.decoder._forward_pre_hooks and not model.decoder._forward_hooks
+    add_cbam(model)
+
+
+def test_no_residual_blocks() -> None:
+    model = smp.FPN("vgg11", encoder_weights=None, encoder_depth=3)
+    before = str(model), dict(model.config)
+    with pytest.raises(ValueError, match="'residual': in VGGEncoder no block of .* other places"):
+        add_cbam(model, ["residual", "decoder"])
+    assert (str(model), model.config) == before
+
+
+def test_the_attention_of_timm() -> None:
+    """timm's ResNets take a class, by themselves and as encoders."""
+    options = {"block_args": {"attn_layer": cbam_ext.CBAM}}
+    model = timm.create_model("resnet18", **options)
+    assert names(model)[:2] == ["layer1.0.se", "layer1.1.se"]
+    model = smp.FPN("tu-resnet18", encoder_weights=None, encoder_depth=3, **options).eval()
+    assert names(model)[0] == "encoder.model.layer1.0.se"
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if ".se." in n and "layer1" in n]
+    assert gradients and all(gradient is not None for gradient in gradients)
