@@ -110,11 +110,13 @@ def _look_out_for_successors() -> None:
 
 def _hand_over(parent: nn.Module, name: str, successor: nn.Module | None) -> None:
     """Moves the CBAM of the child ``name`` to the module that is about to take its place."""
-    host = parent._modules.get(name)
-    placed = Placed.on(host)
-    if placed is None or placed.again is None or successor is None or successor is host:
+    if name not in parent._modules:
         return
-    assert host is not None
+    host = parent._modules[name]
+    placed = Placed.on(host)
+    if host is None or placed is None or placed.again is None or successor in (None, host):
+        return
+    assert successor is not None
     if is_collection(successor):
         if host in successor.modules():
             return  # which is called there

@@ -344,6 +344,18 @@ _PYTHON = (
         "for patched in _architectures(smp):",
     ),
     Fault(
+        "placement-branches-end-in-dropout",
+        "cbam_ext/placement/places.py",
+        "for finished, name, seen in ends if not seen.passes]",
+        "for finished, name, seen in ends]",
+    ),
+    Fault(
+        "placement-successors-have-no-hook",
+        "cbam_ext/placement/hooks.py",
+        "    placed.again(successor, cbam)\n",
+        "",
+    ),
+    Fault(
         "placement-identity-counts-the-bias-once",
         "cbam_ext/placement/cbams.py",
         "nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT / 2)",

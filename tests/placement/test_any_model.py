@@ -123,6 +123,36 @@ def test_it_stands_behind_what_was_named() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+class Indexed(nn.ModuleList):
+    """Counts its children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[-1](self[0](x))
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_where_several_return_the_same_map() -> None:
+    """The outermost and last that does not run or count its children."""
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        return nn.Conv2d(3, 4, 1), Around(nn.Conv2d(4, 4, 1))
+
+    assert add(nn.Sequential(Indexed(pair())), "0") == ["0.1"]
+    assert add(nn.Sequential(Around(Indexed(pair()))), "0") == ["0"]
+    assert add(nn.Sequential(nn.Sequential(*pair())), "0") == ["0.1"]
+    assert add(nn.Sequential(nn.Sequential(*pair(), nn.Dropout())), "0") == ["0.2"]
+    model = nn.Sequential(Around(Around(nn.Conv2d(3, 4, 1))))
+    assert add(model, ["0", "*.inner", "*.*.inner"]) == ["0"]  # one map, one CBAM
+
+
 @pytest.mark.parametrize(
     ("after", "message"),
     [

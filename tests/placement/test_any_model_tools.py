@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 import cbam_ext
 from cbam_ext import add_cbam, remove_cbam
+from cbam_ext.placement import hooks
 
 from support.placements import cbams, make_gates_tell
 
@@ -182,7 +183,11 @@ def test_synchronised_norms(how: str) -> None:
     model, x = placed(), image()
     expected = model(x)
     if how == "pickled":
-        model = pickle.loads(pickle.dumps(model))
+        saved = pickle.dumps(model)
+        assert hooks._lookout is not None
+        hooks._lookout.remove()  # as in a process that has placed none
+        hooks._lookout = None
+        model = pickle.loads(saved)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     converted = timm.layers.convert_sync_batchnorm(model) if how == "timm" else convert(model)
     norm = converted[1][0].bn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,8 +12,6 @@ from monai.networks.blocks import ResidualUnit
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from ultralytics.nn.modules.block import Bottleneck
-from ultralytics.nn.tasks import DetectionModel
 
 import cbam_ext
 
@@ -47,12 +46,18 @@ def test_monai_3d() -> None:
         cbam_ext.add_cbam(model, "model.0", example_inputs=x)
 
 
-def _yolo() -> nn.Module:
+@pytest.fixture
+def yolo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))  # the import writes settings
+    from ultralytics.nn.tasks import DetectionModel
+
     return DetectionModel("yolov8n.yaml", nc=3, verbose=False)
 
 
-def test_ultralytics() -> None:
-    model = _yolo().double()
+def test_ultralytics(yolo: nn.Module) -> None:
+    from ultralytics.nn.modules.block import Bottleneck
+
+    model = yolo.double()
     head = model.model[-1]  # which writes its anchors in forward
     before = dict(vars(head))
     cbam_ext.add_cbam(model, "residual")
@@ -64,9 +69,9 @@ def test_ultralytics() -> None:
     assert_as_by_hand(model, by_hand(model, {Bottleneck: _bottleneck}))
 
 
-def test_ultralytics_stages_and_fusing() -> None:
+def test_ultralytics_stages_and_fusing(yolo: nn.Module) -> None:
     """Its fuse() takes the norms out and gives blocks another forward."""
-    model, x = _yolo().eval(), torch.rand(2, 3, 64, 64)
+    model, x = yolo.eval(), torch.rand(2, 3, 64, 64)
     cbam_ext.add_cbam(model, ["model.[468]", "model.9.cv2"])
     assert list(cbams(model)) == [f"model.{name}.cbam" for name in ("4", "6", "8", "9.cv2")]
     make_gates_tell(model)
