@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         metavar="PLACE",
         help='where cbam_ext.smp.add_cbam puts CBAM: "encoder", "skips", "bottleneck", "decoder", '
-        "numbers of stages (default: see above)",
+        '"residual", numbers of stages (default: see above)',
     )
     names = [name_of(dtype) for dtype in DTYPES]
     parser.add_argument(

@@ -79,7 +79,7 @@ def assert_as_by_hand(
     model: nn.Module, twin: nn.Module, run: Callable[[nn.Module], Any] | None = None
 ) -> None:
     """The same in training, stochastic depth included, and in evaluation: float64."""
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     run = run or (lambda model: model(x))
     state = torch.get_rng_state()
     for training in (True, False):
