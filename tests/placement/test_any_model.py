@@ -209,6 +209,7 @@ def test_shared_modules_and_other_results(after: str, message: str) -> None:
     assert add(Shared(), "last") == ["last"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_wrong_arguments() -> None:
     model = Net()
     for after in (None, 3, model.stem, ["stem", 3]):
