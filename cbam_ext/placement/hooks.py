@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..module import CBAM
-
 CHILD = "cbam"
 _MARK = "_cbam_placed"
 
@@ -37,7 +35,7 @@ class Placed:
         host: nn.Module,
         handles: dict[str, RemovableHandle],
         record: dict[str, Any] | None = None,
-        again: Callable[[nn.Module, CBAM], None] | None = None,
+        again: Callable[[nn.Module, nn.Module], None] | None = None,
     ) -> None:
         self.handles, self.record, self.again = handles, record, again
         setattr(host, _MARK, self)
@@ -78,7 +76,7 @@ def is_collection(module: nn.Module) -> bool:
 
 
 def put(
-    host: nn.Module, cbam: CBAM, *, before: bool, nhwc: bool, record: dict[str, Any] | None
+    host: nn.Module, cbam: nn.Module, *, before: bool, nhwc: bool, record: dict[str, Any] | None
 ) -> None:
     """Makes ``cbam`` a child of ``host`` that refines its output, or its input ``before`` it."""
     host.add_module(CHILD, cbam)
@@ -117,16 +115,16 @@ def _hand_over(parent: nn.Module, name: str, successor: nn.Module | None) -> Non
     if host is None or placed is None or placed.again is None or successor in (None, host):
         return
     assert successor is not None
-    if is_collection(successor):
-        if host in successor.modules():
-            return  # which is called there
+    cbam = host._modules[CHILD]
+    assert cbam is not None
+    if is_collection(successor) and host in successor.modules():
+        return  # which is called there
+    # convert_sync_batchnorm copies children, so that the successor may have it already.
+    if is_collection(successor) or getattr(successor, CHILD, cbam) is not cbam:
         raise RuntimeError(
             f"{name!r} has a CBAM by add_cbam, which cannot go over to a "
             f"{type(successor).__name__}; call cbam_ext.remove_cbam(model) first"
         )
-    # Where the old one was copied with its children, as convert_sync_batchnorm does.
-    cbam = successor._modules.get(CHILD) or host._modules[CHILD]
-    assert isinstance(cbam, CBAM)
     placed.leave(host)
     placed.again(successor, cbam)
     forget_compiled_code()

@@ -231,6 +231,19 @@ def test_a_successor_takes_over() -> None:
     assert not cbams(model) and not hasattr(model[0], "cbam")
 
 
+class HasOne(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.cbam = nn.Identity()
+
+
+def test_a_successor_of_a_plain_one() -> None:
+    model, x = cbam_ext.to_plain(placed()), image()
+    expected = model(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.testing.assert_close(converted(x), expected)
+
+
 def test_a_successor_that_runs_its_children() -> None:
     model, x = placed(), image()
     expected = model(x)
@@ -240,6 +253,8 @@ def test_a_successor_that_runs_its_children() -> None:
     assert "1.0.bn.0.cbam" in cbams(model)
     with pytest.raises(RuntimeError, match=r"'0' has a CBAM .* Sequential; call cbam_ext.remove"):
         model[0] = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with pytest.raises(RuntimeError, match="'0' has a CBAM .* cannot go over to a HasOne"):
+        model[0] = HasOne()
     torch.testing.assert_close(model(x), expected)
 
 
