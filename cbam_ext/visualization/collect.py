@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
