@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..layers import ChannelGate, SpatialGate, has_hooks, has_own_forward, norm_of
 from ..module import CBAM, Residual
+from ..placement import Placed
 from .copies import copy_of
 from .portable import hand_over, portable, portable_function
 from .rewriting import Rewritten
@@ -27,9 +28,8 @@ def to_plain(
     dtype of its layers, as PyTorch's do. :func:`convert` leads back.
 
     A block whose forward :func:`convert` wrote, and a :class:`cbam_ext.Residual`, become
-    GraphModules, without the methods of their class; the hooks of
-    :func:`cbam_ext.smp.add_cbam` become such too, which ``torch.jit.script`` does not take (script
-    the model itself).
+    GraphModules, without the methods of their class; the hooks of :func:`add_cbam` become such
+    too, which ``torch.jit.script`` does not take (script the model itself).
 
     Args:
         model: any module.
@@ -76,6 +76,9 @@ def to_plain(
             for number, hook in hooks.items():
                 if _is_of_this_package(hook):
                     hooks[number] = portable_function(getattr(hook, "_by_graph", hook))
+        placed = Placed.on(module)
+        if placed is not None:
+            placed.is_plain = True
         return portable(module) if _is_of_this_package(type(module)) else module
 
     return replace(model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,23 @@ class Placed:
         again: Callable[[nn.Module, nn.Module], None] | None = None,
     ) -> None:
         self.handles, self.record, self.again = handles, record, again
+        self.is_plain = False  # set by to_plain: pickles then do not ask for this package
         setattr(host, _MARK, self)
         _look_out_for_successors()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         _look_out_for_successors()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.is_plain:
+            return list, ([*self.handles.values()],)
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placed:
+        copied = memo[id(self)] = object.__new__(Placed)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     @staticmethod
     def on(module: nn.Module | None) -> Placed | None:

@@ -28,10 +28,10 @@ ARROWS = {
     "export": "building reference",
     "loading": "building ops",
     "module": "building functional layers reference",
-    "conversion": "_inputs _progress layers module",
+    "placement": "_inputs module reference",
+    "conversion": "_inputs _progress layers module placement",
     "cost": "_inputs _progress _text",
     "visualization": "_inputs _text module",
-    "placement": "_inputs module reference",
     "smp": "module placement",
     "cli": "_progress _text _version building conversion cost ops plan reference smp",
     "__init__": "_version conversion cost export functional loading module ops placement "

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -289,6 +289,40 @@ def test_a_placed_model_elsewhere(
     model = getattr(smp, architecture)(encoder, encoder_weights=None, **options)
     add_cbam(model, ["encoder", "decoder"], norm_layer="batchnorm")
     run_elsewhere(model, torch.randn(2, 3, size, size, generator=generator), tmp_path)
+
+
+class Block(nn.Module):
+    """Adds its input; its branch ends in a dropout, before which a CBAM stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.conv2(self.conv1(x).relu()) * 2)
+
+
+class ToLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_any_placed_model_elsewhere(
+    layout: Literal["nchw", "nhwc"], generator: torch.Generator, tmp_path: Path
+) -> None:
+    """With the CBAM behind a module, and before one."""
+    model: nn.Module
+    if layout == "nchw":
+        # A traced one, for the class is not known there.
+        model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), Block()))
+        cbam_ext.add_cbam(model, ["0", "residual"], example_inputs=torch.rand(1, 3, 9, 9))
+    else:
+        model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), ToLast(), nn.ReLU()))
+        cbam_ext.add_cbam(model, "2", layout=layout, example_inputs=torch.rand(1, 3, 9, 12))
+    run_elsewhere(model, torch.randn(2, 3, 9, 12, generator=generator), tmp_path)
 
 
 @pytest.mark.slow
