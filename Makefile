@@ -44,8 +44,8 @@ test-all: $(VENV)/.extra-test  ## run the slow ones too
 test-tools: $(VENV)/.extra-tools  ## pruning, quantisation, attribution and other tools on CBAM
 	$(PYTEST) -m tools $(ARGS)
 
-test-runtimes: $(VENV)/.runtimes  ## models in what runs networks without PyTorch
-	$(subst $(BIN),$(RUNTIMES)/bin,$(PYTEST)) -m runtimes tests/export $(ARGS)
+test-runtimes: $(VENV)/.runtimes  ## models in what runs networks without PyTorch; ultralytics
+	$(subst $(BIN),$(RUNTIMES)/bin,$(PYTEST)) -m runtimes tests/export tests/placement $(ARGS)
 
 test-faults: $(VENV)/.extra-test  ## plant faults and see which tests find them (an hour or two)
 	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)

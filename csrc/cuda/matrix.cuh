@@ -244,7 +244,7 @@ __device__ void multiply_columns(const Matrix& matrix, const Part& part, const A
         }
       }
       if (first > 0) __syncthreads();  // scratch may still be read
-      meet_in_block(sums, share.lanes, scratch);
+      meet_in_block(sums, share.lanes, smaller(share.rows, share.groups) * share.lanes, scratch);
       if (share.group > 0 || !share.has(first)) continue;
 #pragma unroll
       for (int i = 0; i < W; ++i) {

@@ -71,14 +71,16 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
   const int width = kind == Kind::kConv ? args.conv_width : args.mlp_width;
   const int64_t element = block * width + (thread & (width - 1));
   Sum<A> total[1] = {Sum<A>::none()};
-  const auto add = [&](int64_t terms, auto&& factors, auto&& term) {
+  const int64_t terms = kind == Kind::kConv ? args.tiles : args.samples;
+  const int used = static_cast<int>(smaller<int64_t>(terms, kThreads / width)) * width;
+  const auto add = [&](auto&& factors, auto&& term) {
     add_terms<8>(
         int64_t{thread / width}, int64_t{kThreads / width}, terms, factors,
         [&](const auto& loaded) { return Sum<A>{term(loaded)}; }, total[0]);
   };
   // Calls write() in one thread of the element.
   const auto keep = [&](auto&& write) {
-    meet_in_block(total, width, shared_memory<Sum<A>>());
+    meet_in_block(total, width, used, shared_memory<Sum<A>>());
     if (thread < width && element < args.elements(kind)) write();
   };
   const bool present = element < args.elements(kind);
@@ -90,7 +92,6 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
         A dunits[2], pooled[2];  // of average and maximum
       };
       add(
-          args.samples,
           [&](int64_t n) -> Factors {
             const A* const pooled = args.pooled + 2 * n * channels + c;
             const A* const dunits = args.dunits + 2 * n * hidden + r;
@@ -109,7 +110,6 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
         A dz, units[2];
       };
       add(
-          args.samples,
           [&](int64_t n) -> Factors {
             const A* const units = args.hidden_units + 2 * n * hidden + r;
             return {load(args.dz + n * channels + c), {load(units), load(units + hidden)}};
@@ -123,7 +123,6 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
         A dunits[2];
       };
       add(
-          args.samples,
           [&](int64_t n) -> Terms {
             const A* const dunits = args.dunits + 2 * n * hidden + element;
             return {{load(dunits), load(dunits + hidden)}};
@@ -134,16 +133,13 @@ __device__ void sum_elements(const ParameterGrads<S>& args, int64_t block) {
   } else if constexpr (kind == Kind::kFc2Bias) {
     if (present) {
       // The MLP ran twice.
-      add(
-          args.samples, [&](int64_t n) { return load(args.dz + n * channels + element); },
+      add([&](int64_t n) { return load(args.dz + n * channels + element); },
           [](A dz) { return 2 * dz; });
     }
     keep([&] { store_parameter<S>(args.grads.fc2_bias, 0, 0, element, total[0].value); });
   } else {
     if (present) {
-      add(
-          args.tiles,
-          [&](int64_t n) { return load(args.conv_grads + n * (args.taps + 1) + element); },
+      add([&](int64_t n) { return load(args.conv_grads + n * (args.taps + 1) + element); },
           [](A of_tile) { return of_tile; });
     }
     keep([&] {

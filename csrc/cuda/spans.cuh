@@ -7,23 +7,24 @@
 
 namespace cbam::cuda {
 
-// Thread t has K values for column t % width, a power of two up to kThreads. Afterwards the threads
-// below `width` have the totals. `scratch` is shared memory for K kThreads accumulators, which
-// nobody else is using.
+// Thread t has K values for column t % width, a power of two up to kThreads. Those of the threads
+// from `used` on count for nothing. Afterwards the threads below `width` have the totals. `scratch`
+// is shared memory for K kThreads accumulators, which nobody else is using.
 template <int K, class Accumulator>
-__device__ void meet_in_block(Accumulator (&values)[K], int width, Accumulator* scratch) {
+__device__ void meet_in_block(Accumulator (&values)[K], int width, int used, Accumulator* scratch) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int offset = kWarp / 2; offset >= width; offset /= 2) {
+    if (offset >= used) continue;
 #pragma unroll
     for (int k = 0; k < K; ++k) values[k].combine(values[k].shuffle(offset));
   }
-  if (width == kThreads) return;
+  const int step = width < kWarp ? kWarp : width;  // to the next thread that has another part
+  if (used <= step) return;
 #pragma unroll
   for (int k = 0; k < K; ++k) scratch[k * kThreads + thread] = values[k];
   __syncthreads();
   if (thread >= width) return;
-  for (int other = thread + (width < kWarp ? kWarp : width); other < kThreads;
-       other += width < kWarp ? kWarp : width) {
+  for (int other = thread + step; other < used; other += step) {
 #pragma unroll
     for (int k = 0; k < K; ++k) values[k].combine(scratch[k * kThreads + other]);
   }
@@ -77,7 +78,7 @@ __device__ void add_spans(int columns, int width, int spans, Accumulator* scratc
         thread / width, kThreads / width, spans, [&](int span) { return load(span, column); },
         [](const Accumulator& partial) { return partial; }, total[0]);
   }
-  meet_in_block(total, width, scratch);
+  meet_in_block(total, width, smaller(spans, kThreads / width) * width, scratch);
   if (thread < columns) keep(thread, total[0]);
 }
 
