@@ -7,6 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -78,6 +79,10 @@ def add(model: nn.Module, after: Any, **options: Any) -> list[str]:
 # ------------------------------------------------------------------------------ what is meant
 
 
+def _id(value: object) -> str:
+    return "function" if isinstance(value, FunctionType) else str(value)
+
+
 @pytest.mark.parametrize(
     ("after", "expected"),
     [
@@ -97,7 +102,7 @@ def add(model: nn.Module, after: Any, **options: Any) -> list[str]:
         (lambda name, module: isinstance(module, Block) and module.conv1.stride == (2, 2),
          ["stage2.b0"]),
     ],
-    ids=str,
+    ids=_id,
 )  # fmt: skip
 def test_after(after: Any, expected: list[str]) -> None:
     model = Net()
@@ -169,7 +174,7 @@ def test_where_several_return_the_same_map() -> None:
         ),
         ("", r"the model itself returns a tensor \[2, 5\]"),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_what_cannot_be_changes_nothing(after: Any, message: str) -> None:
     model = Net()
@@ -201,7 +206,7 @@ class Shared(nn.Module):
         ("", "the model itself returns a dict, and not a feature map"),
         ("residual", "no block of feature maps adds its input"),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_shared_modules_and_other_results(after: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
