@@ -137,14 +137,14 @@ def _block_with(text: str) -> str:
 def test_three_models(tmp_path: Path) -> None:
     """Those of the pages with our operator in them have the outputs that they had."""
     names = _surroundings(tmp_path)
-    exec(_block_with("timm.create_model"), names)
+    exec(_block_with("theirs = timm.create_model"), names)
     with torch.no_grad():  # timm's blocks begin as zero, which would hide their attention
         for module in names["theirs"].modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.fill_(0.7)
     cbam_ext.load_peer_state_dict(names["model"], names["theirs"].state_dict())
     _assert_same_outputs(names["theirs"], names["model"], 16)
-    names = _run(_block_with("load_peer_state_dict("), tmp_path)
+    names = _run(_block_with("return_report=True"), tmp_path)
     _assert_same_outputs(names["net"], names["model"], 1)
     names = _run(_block_with('add_cbam(model, init="identity")'), tmp_path)
     model = names["model"].eval()
