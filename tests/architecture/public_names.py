@@ -34,9 +34,9 @@ def lines() -> list[str]:
 def _of_module(name: str) -> Iterator[str]:
     module = importlib.import_module(name)
     for member, value in sorted(vars(module).items()):
-        defined_here = getattr(value, "__module__", "").startswith(f"{name}.") or (
-            getattr(value, "__module__", "") == name
-        )
+        # None of what torch.jit.script puts there.
+        of = getattr(value, "__module__", None) or ""
+        defined_here = of == name or of.startswith(f"{name}.")
         if member in getattr(module, "__all__", ()) or (defined_here and member[0] != "_"):
             yield from _of_value(f"{name}.{member}", value)
 
