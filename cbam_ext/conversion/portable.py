@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from .graphs import trace
 
 _HELD = ("_modules", "_parameters", "_buffers")
+# Under it, in its meta, a GraphModule is told what to keep in copies. By its text, since the name
+# of that is torch's own.
+_PRESERVED = "_user_preserved_attributes"
 # Ours: what load_peer_state_dict remembers of the module that a CBAM was converted from.
 _OWN = ("_converted_from",)
 
@@ -44,7 +46,7 @@ class _Portable(fx.GraphModule):
 
 def _tell(module: fx.GraphModule, attributes: dict[str, Any]) -> None:
     vars(module).update(attributes)
-    module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes
+    module.meta[_PRESERVED] = attributes
 
 
 def portable(module: nn.Module, instead_of: nn.Module | None = None) -> fx.GraphModule:

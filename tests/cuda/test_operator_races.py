@@ -18,7 +18,7 @@ from torch import Tensor
 
 import cbam_ext
 
-from emulation import Emulation, build, exercise
+from emulation import Emulation, build, exercise, operators
 from emulation.build import Build
 from emulation.control import ORDERS
 from emulation.races import Detection, Sync, detect
@@ -71,10 +71,9 @@ class Machine:
 )
 def machine(request: pytest.FixtureRequest) -> Any:
     kind: Build = request.param
-    build.load(kind)
+    device = operators(kind)
     namespace = build.NAMESPACES[kind]
     cbam_ext.ops.register(namespace)
-    device = Emulation(build.build(kind))
     yield Machine(device, getattr(torch.ops, namespace))
     device.configure()
     device.set_order()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -17,25 +16,7 @@ from torch import Tensor, nn
 import cbam_ext
 from cbam_ext import add_cbam, remove_cbam
 
-from support.placements import cbams, make_gates_tell
-
-
-class Block(nn.Module):
-    """Of a ResNet."""
-
-    def __init__(self, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        out = channels * stride
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
-        self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 else nn.Identity()
-        self.drop = nn.Dropout2d(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.drop(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-        y += self.shortcut(x)
-        return self.relu(y)
+from support.placements import ResidualBlock, add, cbams, image, make_gates_tell
 
 
 class Stage(nn.Module):
@@ -56,24 +37,14 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.stage1 = nn.Sequential(Block(8), Block(8))
-        self.stage2 = Stage(Block(8, 2), Block(16))
+        self.stage1 = nn.Sequential(ResidualBlock(8), ResidualBlock(8))
+        self.stage2 = Stage(ResidualBlock(8, 2), ResidualBlock(16))
         self.unused = nn.Conv2d(8, 8, 1)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.stage2(self.stage1(self.stem(x)))))
-
-
-def image(batch: int = 2, size: int = 12) -> Tensor:
-    return torch.randn(batch, 3, size, size)
-
-
-def add(model: nn.Module, after: Any, **options: Any) -> list[str]:
-    """The names of the modules that have one now."""
-    add_cbam(model, after, **options)
-    return [name.removesuffix(".cbam") for name in cbams(model)]
 
 
 # ------------------------------------------------------------------------------ what is meant
@@ -99,7 +70,7 @@ def _id(value: object) -> str:
         (["stage1", "stage1.1"], ["stage1.1"]),
         (("stage1", "stage*"), ["stage1.1", "stage2.b1"]),
         ("residual", ["stage1.0.bn2", "stage1.1.bn2", "stage2.b0.bn2", "stage2.b1.bn2"]),
-        (lambda name, module: isinstance(module, Block) and module.conv1.stride == (2, 2),
+        (lambda name, module: isinstance(module, ResidualBlock) and module.conv1.stride == (2, 2),
          ["stage2.b0"]),
     ],
     ids=_id,
@@ -273,122 +244,6 @@ def test_a_second_call_and_removing() -> None:
     assert str(remove_cbam(duplicate)) == before  # the hooks of the copy are its own
     with pytest.raises(TypeError, match="got str"):
         remove_cbam("model")
-
-
-# ------------------------------------------------------------------------------ residual branches
-
-
-class Sum(nn.Module):
-    """Whatever is added."""
-
-    def __init__(self, add: Callable[[Sum, Tensor], Tensor], channels: int = 4) -> None:
-        super().__init__()
-        self.add = add
-        for name in ("a", "b", "c"):
-            self.add_module(name, nn.Conv2d(channels, channels, 3, padding=1))
-        self.seq = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Sequential(nn.ReLU()))
-        self.drop, self.gate = nn.Dropout(), nn.Sigmoid()
-        self.linear = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(self, x)
-
-
-def _through(m: Sum, x: Tensor) -> Tensor:
-    y = x + m.a(x)
-    return y + m.b(y)
-
-
-SUMS: dict[str, tuple[Callable[[Sum, Tensor], Tensor], list[str]]] = {
-    "its input": (lambda m, x: m.b(m.a(x)) + x, ["b"]),
-    "in place": (lambda m, x: m.a(x).add_(x), ["a"]),
-    "the other way round": (lambda m, x: x + m.a(x), ["a"]),
-    "a shortcut": (lambda m, x: m.c(x) + m.b(m.a(x)), ["b"]),
-    "a shortcut of few steps": (lambda m, x: m.a(x) + m.seq(x), ["seq.1.0"]),
-    "two in turn": (_through, ["a", "b"]),
-    "a Sequential": (lambda m, x: x + m.seq(x), ["seq.1.0"]),
-    "dropout": (lambda m, x: x + m.drop(m.a(x)), ["a"]),
-    "a product, then dropout": (lambda m, x: x + m.drop(m.a(x) * 0.5), ["drop"]),
-}
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_blocks_that_add_their_input(name: str) -> None:
-    add_, expected = SUMS[name]
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Sum(add_)).double().eval()
-    assert add(model, "residual") == [f"1.{name}" for name in expected]
-    if expected == ["drop"]:  # before it, so that a branch is dropped as a whole
-        model.train()
-        make_gates_tell(model)
-        plain = remove_cbam(copy.deepcopy(model))
-        x, block, reference = image().double(), model[1], plain[1]
-        y = plain[0](x)
-        torch.manual_seed(0)
-        expected_output = y + block.drop.forward(block.drop.cbam(reference.a(y) * 0.5))
-        torch.manual_seed(0)
-        torch.testing.assert_close(model(x), expected_output)
-
-
-NO_SUMS: dict[str, Callable[[Sum, Tensor], Tensor]] = {
-    "a gate": lambda m, x: x + x * m.gate(x),
-    "two branches": lambda m, x: m.a(x) + m.b(x),
-    "a number": lambda m, x: m.a(x) + 1,
-    "a vector": lambda m, x: m.a(x) + m.b.bias[:, None, None],
-    "tokens": lambda m, x: (x.flatten(2).mT + m.linear(x.flatten(2).mT)).mT.unflatten(2, (12, 12)),
-}
-
-
-@pytest.mark.parametrize("name", NO_SUMS)
-def test_what_is_no_residual_block(name: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Sum(NO_SUMS[name]))
-    with pytest.raises(ValueError, match="no block of feature maps adds its input"):
-        add_cbam(model, "residual", example_inputs=image())
-
-
-def test_skip_connections_are_none() -> None:
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 1)
-
-        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-            return self.conv(x) + skip
-
-    class UNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.decoder = nn.Conv2d(3, 4, 1), Block(4), Decoder()
-
-        def forward(self, x: Tensor) -> Tensor:
-            skip = self.a(x)
-            return self.decoder(self.b(skip), skip)
-
-    assert add(UNet(), "residual") == ["b.bn2"]
-
-
-def test_a_branch_without_an_end_is_told_of() -> None:
-    nowhere = Sum(lambda m, x: x + torch.relu(m.a(x)))
-    with pytest.raises(ValueError, match="add their input, '1', no module that is run once ends"):
-        add_cbam(nn.Sequential(nn.Conv2d(3, 4, 1), nowhere), "residual")
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nowhere, Block(4))
-    with pytest.warns(UserWarning, match="no CBAM in '1', which add their input") as caught:
-        add_cbam(model, "residual")
-    assert caught[0].filename == __file__
-    assert list(cbams(model)) == ["2.bn2.cbam"]
-
-
-def test_a_model_that_adds_the_image() -> None:
-    class Denoiser(nn.Module):
-        def __init__(self, *layers: nn.Module) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*layers)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.layers(x)
-
-    layers = nn.Conv2d(3, 4, 1), Block(4), nn.Conv2d(4, 3, 1)
-    assert add(Denoiser(*layers), "residual") == ["layers.1.bn2"]
-    assert add(Denoiser(nn.Conv2d(3, 3, 1)), "residual") == ["layers.0"]
 
 
 # ------------------------------------------------------------------------------ layouts

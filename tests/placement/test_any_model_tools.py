@@ -17,7 +17,7 @@ import cbam_ext
 from cbam_ext import add_cbam, remove_cbam
 from cbam_ext.placement import hooks
 
-from support.placements import cbams, make_gates_tell
+from support.placements import cbams, image, make_gates_tell
 
 OPERATOR = torch.ops.cbam.forward.default
 
@@ -54,10 +54,6 @@ def placed() -> nn.Sequential:
     assert list(cbams(model)) == ["0.cbam", "1.0.bn.cbam", "1.1.drop_path.cbam"]
     make_gates_tell(model)
     return model
-
-
-def image() -> Tensor:
-    return torch.randn(2, 3, 12, 12)
 
 
 def test_copies() -> None:

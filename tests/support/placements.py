@@ -17,8 +17,36 @@ from .chains import Chain
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
+class ResidualBlock(nn.Module):
+    """Of a ResNet."""
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        out = channels * stride
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 else nn.Identity()
+        self.drop = nn.Dropout2d(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
 def cbams(model: nn.Module) -> dict[str, cbam_ext.CBAM]:
     return {n: m for n, m in model.named_modules() if isinstance(m, cbam_ext.CBAM)}
+
+
+def image(batch: int = 2, size: int = 12) -> Tensor:
+    return torch.randn(batch, 3, size, size)
+
+
+def add(model: nn.Module, after: Any, **options: Any) -> list[str]:
+    """The names of the modules that have one now."""
+    cbam_ext.add_cbam(model, after, **options)
+    return [name.removesuffix(".cbam") for name in cbams(model)]
 
 
 def make_gates_tell(model: nn.Module) -> None:
