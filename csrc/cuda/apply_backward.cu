@@ -9,7 +9,7 @@
 
 #include "call.cuh"
 #include "channel_stats.cuh"
-#include "spans.cuh"
+#include "mlp.cuh"
 #include "spatial_gate.cuh"
 
 namespace cbam::cuda {
@@ -34,16 +34,13 @@ struct PhaseGrads {
 };
 
 template <class S>
-__device__ void add_channels(const PhaseGrads<S>& args, int64_t block) {
+__device__ void add_channels(const PhaseGrads<S>& args) {
   using A = Acc<S>;
-  const int64_t sample = block / args.cut.blocks;
-  const int64_t first = (block - sample * args.cut.blocks) * args.cut.span;
-  const int64_t count = smaller<int64_t>(args.cut.span, args.channels - first);
-  const A* const dots = args.dots + sample * args.pixel_spans * args.channels + first;
-  A* const to = args.grad_channel_gate + sample * args.channels + first;
+  const ChannelSpan<S> at(args.cut, static_cast<int>(args.channels));
+  const A* const dots = args.dots + at.sample * args.pixel_spans * args.channels + at.first;
+  A* const to = args.grad_channel_gate + at.origin;
   add_spans<8>(
-      static_cast<int>(count), args.cut.span, static_cast<int>(args.pixel_spans),
-      shared_memory<Sum<A>>(),
+      at.count, args.cut.span, static_cast<int>(args.pixel_spans), shared_memory<Sum<A>>(),
       [&](int span, int c) { return Sum<A>{load(dots + span * args.channels + c)}; },
       [&](int c, const Sum<A>& total) { store(to + c, total.value); });
 }
@@ -67,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Acc<S>>)
   wait_for_previous_launches();
   const int64_t block = blockIdx.x, channel_blocks = args.channel_blocks();
   if (block < channel_blocks) {
-    add_channels(args, block);
+    add_channels(args);
   } else {
     add_pixels(args, block - channel_blocks);
   }

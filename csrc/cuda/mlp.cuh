@@ -48,13 +48,15 @@ struct ChannelSpan {
   int index, first, count;
   int64_t origin;  // of the first in maps [samples, C]
 
-  explicit __device__ ChannelSpan(const MlpShape<S>& shape) {
+  explicit __device__ ChannelSpan(const MlpShape<S>& shape)
+      : ChannelSpan(shape.cut, shape.channels) {}
+  __device__ ChannelSpan(const Mlp& cut, int channels) {
     const int block = static_cast<int>(blockIdx.x);
-    sample = block / shape.cut.blocks;
-    index = block - static_cast<int>(sample) * shape.cut.blocks;
-    first = index * shape.cut.span;
-    count = smaller(shape.cut.span, shape.channels - first);
-    origin = sample * shape.channels + first;
+    sample = block / cut.blocks;
+    index = block - static_cast<int>(sample) * cut.blocks;
+    first = index * cut.span;
+    count = smaller(cut.span, channels - first);
+    origin = sample * channels + first;
   }
 };
 
