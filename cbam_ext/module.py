@@ -13,6 +13,7 @@ from . import functional, reference
 from .building import library
 from .layers import (
     ChannelGate,
+    Init,
     Parameters,
     SpatialGate,
     are_of_one_mlp,
@@ -20,10 +21,14 @@ from .layers import (
     are_watched,
     call,
     channel_gate,
+    first_logit,
+    has_bias,
     has_hooks,
     has_own_forward,
     is_quickly_read,
     norm_of,
+    open_channel_gate,
+    open_spatial_gate,
     parameter,
     read_quickly,
     slides_as_built,
@@ -42,18 +47,31 @@ class CBAM(nn.Module):
         reduction: the MLP has ``max(1, in_channels // reduction)`` hidden units.
         kernel_size: size of the spatial convolution, odd; the paper uses 7.
         hidden_channels: hidden units of the MLP, overriding ``reduction``.
-        mlp_bias: biases in both layers of the MLP.
-        conv_bias: a bias in the spatial convolution.
+        mlp_bias: biases in both layers of the MLP. ``None`` is False, or what ``init`` needs.
+        conv_bias: a bias in the spatial convolution. ``None`` is False, or what ``init`` needs.
         norm_layer: a class or function called as ``norm_layer(1)``, whose module normalises the
             ``[N, 1, H, W]`` logits of the spatial gate. ``None`` is the paper's formula,
             ``torch.nn.BatchNorm2d`` the authors' code; a BatchNorm gets their momentum of 0.01.
+        init: how the gates begin. "default": as the weights of PyTorch's layers have it, near 0.5
+            each, so that a CBAM quarters its input. "identity": at sigmoid(5) = 0.993, so that it
+            multiplies its input by 0.987; for a model that is trained already, and for many CBAMs
+            one behind another, which quarter what the others have quartered. A number between 0
+            and 1: at that. Open gates take biases (``mlp_bias``, and ``conv_bias`` where there is
+            no norm, are switched on) and weights of zero in ``channel.fc2`` and ``spatial.conv``,
+            or in ``spatial.norm`` where there is one. From the second step on everything learns, at
+            0.993 with gradients a 38th of those at 0.5, which an optimiser such as Adam evens out.
         device, dtype: of the parameters.
 
     Shape:
         ``[N, C, H, W]`` to ``[N, C, H, W]``, of the same dtype and layout.
 
     The parameters are ``channel.fc1``, ``channel.fc2`` (``nn.Linear``) and ``spatial.conv``
-    (``nn.Conv2d``), initialised as those are, plus ``spatial.norm`` where a norm is asked for.
+    (``nn.Conv2d``), plus ``spatial.norm`` where a norm is asked for.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: a size is not positive, ``kernel_size`` is even, or what ``init`` sets is
+            switched off.
 
     Example:
         >>> CBAM(64)(torch.rand(1, 64, 14, 14)).shape
@@ -71,9 +89,10 @@ class CBAM(nn.Module):
         kernel_size: int = 7,
         *,
         hidden_channels: int | None = None,
-        mlp_bias: bool = False,
-        conv_bias: bool = False,
+        mlp_bias: bool | None = None,
+        conv_bias: bool | None = None,
         norm_layer: Callable[[int], nn.Module] | None = None,
+        init: Init = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,6 +105,12 @@ class CBAM(nn.Module):
         if hidden_channels is None:
             hidden_channels = max(1, in_channels // reduction)
         _check_positive("hidden_channels", hidden_channels)
+        logit = first_logit(init)
+        mlp_bias = has_bias("mlp_bias", mlp_bias, init)
+        # A norm has a bias of its own, which comes after this one.
+        conv_bias = (
+            has_bias("conv_bias", conv_bias, init) if norm_layer is None else bool(conv_bias)
+        )
 
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
@@ -99,6 +124,9 @@ class CBAM(nn.Module):
             2, 1, kernel_size, padding=kernel_size // 2, bias=conv_bias, **factory
         )
         self.spatial.norm = _make_norm(norm_layer, device, dtype)
+        if logit is not None:
+            open_channel_gate(self.channel, logit)
+            open_spatial_gate(self.spatial, logit)
 
     def forward(self, input: Tensor) -> Tensor:
         """The refined feature map, ``[N, C, H, W]``."""

@@ -12,11 +12,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .._inputs import Call, as_call
+from ..layers import Init
 from ..module import CBAM
-from .cbams import make_cbam
 from .choice import check_after
 from .hooks import Placed, are_placed, forget_compiled_code, put
-from .options import check_options
+from .options import resolve_options
 from .places import LAYOUTS, Place, find_places
 from .survey import Survey, survey
 
@@ -29,7 +29,7 @@ def add_cbam(
     after: str | Iterable[str] | Callable[[str, nn.Module], bool],
     *,
     example_inputs: Any = None,
-    init: Literal["default", "identity"] = "default",
+    init: Init = "default",
     layout: Literal["nchw", "nhwc"] = "nchw",
     **cbam_options: Any,
 ) -> nn.Module:
@@ -62,8 +62,7 @@ def add_cbam(
         example_inputs: what the model is called with: a tensor or another single argument, a tuple
             of the positional arguments, or a dict of the keyword arguments. None: two images of
             224 x 224, with the channels of the model's first convolution.
-        init: "default", gates near 0.5 as :class:`cbam_ext.CBAM` has them; or "identity" for a
-            trained model, every gate 0.993; see :func:`cbam_ext.smp.add_cbam`.
+        init: how the gates begin, as in :class:`cbam_ext.CBAM`; "identity" for a trained model.
         layout: of the feature maps: "nchw", or "nhwc" where channels are the last dimension, as
             between the blocks of a Swin transformer.
         **cbam_options: of :class:`cbam_ext.CBAM`: ``reduction``, ``kernel_size``,
@@ -86,7 +85,7 @@ def add_cbam(
         ['1.1.cbam']
     """
     _check_model(model)
-    options = check_options(init, cbam_options)
+    options = resolve_options("add_cbam", "CBAM", {**cbam_options, "init": init})
     if layout not in LAYOUTS:
         raise ValueError(f"add_cbam: layout must be 'nchw' or 'nhwc', got {layout!r}")
     after = check_after(after)
@@ -95,7 +94,7 @@ def add_cbam(
     else:
         run = partial(survey, model, as_call(example_inputs))
     places = find_places(model, after, run, layout)
-    for each in prepare(places, init, options):
+    for each in prepare(places, options):
         each.put()
     forget_compiled_code()
     return model
@@ -149,18 +148,16 @@ class Prepared(NamedTuple):
         put(place.host, self.cbam, before=place.before, nhwc=place.nhwc, record=record)
 
 
-def prepare(places: list[Place], init: str, options: dict[str, Any]) -> list[Prepared]:
-    """All are made before any is placed, so that an error leaves the model as it was."""
+def prepare(places: list[Place], options: dict[str, Any]) -> list[Prepared]:
+    """All are made before any is placed, so that an error leaves the model as it was.
+
+    ``options`` are those of :func:`cbam_ext.placement.resolve_options`.
+    """
     return [
         Prepared(
             place,
-            make_cbam(
-                place.channels,
-                device=place.device,
-                dtype=place.dtype,
-                training=place.host.training,
-                init=init,
-                options=options,
+            CBAM(place.channels, **options, device=place.device, dtype=place.dtype).train(
+                place.host.training
             ),
         )
         for place in places

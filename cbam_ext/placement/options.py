@@ -16,6 +16,7 @@ OPTIONS = (
     "mlp_bias",
     "conv_bias",
     "norm_layer",
+    "init",
 )
 
 # A name instead of a class survives JSON, in which smp's save_pretrained keeps a model's arguments.
@@ -46,23 +47,4 @@ def resolve_options(argument: str, owner: str, given: Mapping[str, Any]) -> dict
                 "a class such as torch.nn.BatchNorm2d"
             )
         options["norm_layer"] = NORMS[name]
-    return options
-
-
-def check_options(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of CBAM that ``add_cbam`` was given, with the biases that ``init``
-    needs."""
-    if init not in ("default", "identity"):
-        raise ValueError(f"add_cbam: init must be 'default' or 'identity', got {init!r}")
-    options = resolve_options("add_cbam", "CBAM", given)
-    if init == "identity":
-        needed = (
-            ["mlp_bias"] if options.get("norm_layer") is not None else ["mlp_bias", "conv_bias"]
-        )
-        for name in needed:
-            if not options.setdefault(name, True):
-                raise ValueError(
-                    f"add_cbam: init='identity' opens the gates by biases; leave out "
-                    f"{name}={options[name]} or use init='default'"
-                )
     return options

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..layers import Init
 from ..module import CBAM
 from ..placement import (
     NORMS,
     Place,
     Placed,
-    check_options,
     check_without,
     find_places,
     forget_compiled_code,
-    make_cbam,
     prepare,
+    resolve_options,
     survey_images,
 )
 from .options import import_smp
@@ -100,7 +100,7 @@ def add_cbam(
     model: nn.Module,
     where: str | int | Sequence[str | int] = "encoder",
     *,
-    init: str = "default",
+    init: Init = "default",
     **cbam_options: Any,
 ) -> nn.Module:
     """Puts CBAM into a model of segmentation_models_pytorch (smp), in place.
@@ -134,12 +134,7 @@ def add_cbam(
             Feature maps that the decoder does not read get no CBAM, whose parameters would have
             no gradient: DeepLabV3Plus reads stages 2 and 5, PSPNet the deepest alone. A
             classification head (``aux_params``) reads the encoder's features as they were.
-        init: "default", gates near 0.5 as :class:`cbam_ext.CBAM` has them; or "identity" for a
-            trained model, every gate 0.993, so that each CBAM multiplies its input by 0.987. That
-            takes biases (``mlp_bias``, and ``conv_bias`` where there is no norm, are switched on)
-            and weights of zero in ``channel.fc2`` and ``spatial.conv``, or in ``spatial.norm``
-            where there is one. From the second step on everything learns, though with gradients a
-            38th of those at 0.5, which an optimiser such as Adam evens out.
+        init: how the gates begin, as in :class:`cbam_ext.CBAM`; "identity" for a trained model.
         **cbam_options: of :class:`cbam_ext.CBAM`: ``reduction``, ``kernel_size``,
             ``hidden_channels``, ``mlp_bias``, ``conv_bias``, ``norm_layer``; the norm may be
             "batchnorm" or "instancenorm". A model with another norm is saved, but to load it the
@@ -166,7 +161,7 @@ def add_cbam(
     """
     decoder = _check_model(model)
     places = _check_where(where)
-    options = check_options(init, cbam_options)
+    options = resolve_options("add_cbam", "CBAM", {**cbam_options, "init": init})
     surroundings = _survey(model)
     stages = _choose_stages(model, places, surroundings)
     in_blocks: list[Place] = []
@@ -174,11 +169,11 @@ def add_cbam(
         run = functools.partial(survey_images, model.encoder)
         in_blocks = find_places(model.encoder, ["residual"], run)
 
-    make = functools.partial(_make_cbam, decoder=decoder, init=init, options=options)
+    make = functools.partial(_make_cbam, decoder=decoder, options=options)
     # All are made before any is placed, so that an error leaves the model as it was.
     at_stages = {stage: make(surroundings.channels[stage]) for stage in stages}
     at_output = make(surroundings.output_channels) if "decoder" in places else None
-    at_blocks = prepare(in_blocks, init, options)
+    at_blocks = prepare(in_blocks, options)
     record = _record(model, where, init, cbam_options)
     handles = {}
     if at_stages:
@@ -358,12 +353,9 @@ def _begins_with_image(model: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------ CBAMs
 
 
-def _make_cbam(in_channels: int, *, decoder: nn.Module, init: str, options: dict[str, Any]) -> CBAM:
+def _make_cbam(in_channels: int, *, decoder: nn.Module, options: dict[str, Any]) -> CBAM:
     device, dtype = _placement(decoder)
-    training = decoder.training
-    return make_cbam(
-        in_channels, device=device, dtype=dtype, training=training, init=init, options=options
-    )
+    return CBAM(in_channels, **options, device=device, dtype=dtype).train(decoder.training)
 
 
 def _placement(decoder: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -374,7 +366,7 @@ def _placement(decoder: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _record(
-    model: nn.Module, where: Any, init: str, options: Mapping[str, Any]
+    model: nn.Module, where: Any, init: Init, options: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Puts the arguments, as JSON can hold them, where smp keeps those of the model: there."""
     config: Any = model.config

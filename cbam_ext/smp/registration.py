@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import (
+    logit_of_channel_gate,
+    logit_of_spatial_gate,
+    open_channel_gate,
+    open_spatial_gate,
+)
 from ..module import CBAM
 from ..placement import resolve_options
 from . import placement
@@ -24,11 +30,14 @@ def register() -> None:
 
     ``decoder_attention_type`` of ``smp.Unet`` and ``smp.UnetPlusPlus`` takes "cbam" or the dict
     ``{"type": "cbam"}`` plus any of ``reduction``, ``kernel_size``, ``hidden_channels``,
-    ``mlp_bias``, ``conv_bias`` and ``norm_layer``: None, a name ("batchnorm", "instancenorm"), or
-    a class or function as in :class:`cbam_ext.CBAM`. With a name the dict is plain JSON, so that
-    ``save_pretrained`` and ``from_pretrained`` carry it; the arguments of a model built with a
-    class are not saved, so smp cannot load that model again. The other architectures have no such
-    attention and smp ignores the argument; now it is a ValueError.
+    ``mlp_bias``, ``conv_bias``, ``init`` and ``norm_layer``: None, a name ("batchnorm",
+    "instancenorm"), or a class or function as in :class:`cbam_ext.CBAM`. With a name the dict is
+    plain JSON, so that ``save_pretrained`` and ``from_pretrained`` carry it; the arguments of a
+    model built with a class are not saved, so smp cannot load that model again. The other
+    architectures have no such attention and smp ignores the argument; now it is a ValueError.
+
+    smp initialises every layer of a decoder again once it is built. Layers of a CBAM get smp's
+    weights by that, but gates that ``init`` has opened stay open.
 
     ``cbam`` is for all architectures: the ``where`` of :func:`add_cbam`, or a dict of its
     arguments, as in ``smp.FPN("resnet18", cbam={"where": "skips", "reduction": 8})``.
@@ -58,6 +67,9 @@ def register() -> None:
     base = smp.base.SegmentationModel
     if not _is_ours(base.load_state_dict):
         base.load_state_dict = _telling_of_lost(base.load_state_dict)
+    starts = smp.base.initialization
+    if not _is_ours(starts.initialize_decoder):
+        starts.initialize_decoder = _leaving_gates_open(starts.initialize_decoder)
 
 
 def unregister() -> None:
@@ -76,6 +88,9 @@ def unregister() -> None:
     base = smp.base.SegmentationModel
     if _is_ours(base.load_state_dict):
         base.load_state_dict = base.load_state_dict.__wrapped__
+    starts = smp.base.initialization
+    if _is_ours(starts.initialize_decoder):
+        starts.initialize_decoder = starts.initialize_decoder.__wrapped__
 
 
 def prune_unused(model: nn.Module) -> nn.Module:
@@ -227,6 +242,29 @@ def _with_cbam(original: Callable[..., None]) -> Callable[..., None]:
         self.attention = CBAM(**params, **options)
 
     return _mark(__init__)
+
+
+def _leaving_gates_open(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """smp's ``initialize_decoder``, after which gates that were opened are so again.
+
+    It is asked of the gates themselves, not of how they were built: one that has learnt since is
+    initialised like everything else.
+    """
+
+    @functools.wraps(original)
+    def initialize_decoder(module: nn.Module) -> None:
+        cbams = [each for each in module.modules() if isinstance(each, CBAM)]
+        channels = [(each.channel, logit_of_channel_gate(each.channel)) for each in cbams]
+        spatials = [(each.spatial, logit_of_spatial_gate(each.spatial)) for each in cbams]
+        original(module)
+        for channel, logit in channels:
+            if logit is not None:
+                open_channel_gate(channel, logit)
+        for spatial, logit in spatials:
+            if logit is not None:
+                open_spatial_gate(spatial, logit)
+
+    return _mark(initialize_decoder)
 
 
 def _mark(function: Callable[..., None]) -> Callable[..., None]:

@@ -28,11 +28,11 @@ ARROWS = {
     "export": "building reference",
     "loading": "building ops",
     "module": "building functional layers reference",
-    "placement": "_inputs module reference",
+    "placement": "_inputs layers module reference",
     "conversion": "_inputs _progress layers module placement",
     "cost": "_inputs _progress _text",
     "visualization": "_inputs _text module",
-    "smp": "module placement",
+    "smp": "layers module placement",
     "cli": "_progress _text _version building conversion cost ops plan reference smp",
     "__init__": "_version conversion cost export functional loading module ops placement "
     "reference visualization",

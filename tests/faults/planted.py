@@ -344,6 +344,12 @@ _PYTHON = (
         "for patched in _architectures(smp):",
     ),
     Fault(
+        "smp-closes-gates-that-begin-open",
+        "cbam_ext/smp/registration.py",
+        "                open_spatial_gate(spatial, logit)\n",
+        "                pass\n",
+    ),
+    Fault(
         "placement-branches-end-in-dropout",
         "cbam_ext/placement/places.py",
         "for finished, name, seen in ends if not seen.passes]",
@@ -356,10 +362,10 @@ _PYTHON = (
         "",
     ),
     Fault(
-        "placement-identity-counts-the-bias-once",
-        "cbam_ext/placement/cbams.py",
-        "nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT / 2)",
-        "nn.init.constant_(cbam.channel.fc2.bias, _OPEN_LOGIT)",
+        "layers-identity-counts-the-bias-once",
+        "cbam_ext/layers/initialisation.py",
+        "nn.init.constant_(channel.fc2.bias, logit / 2)",
+        "nn.init.constant_(channel.fc2.bias, logit)",
     ),
     Fault(
         "conversion-frozen-weights-thaw",

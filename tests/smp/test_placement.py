@@ -243,7 +243,7 @@ def test_a_place_that_is_not_there_names_those_that_are(architecture, where, err
         ({"kernel": 3}, "unknown option 'kernel'.*reduction, kernel_size"),
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"norm_layer": "layernorm"}, "unknown norm_layer 'layernorm'.*batchnorm, instancenorm"),
-        ({"init": "zero"}, "init must be 'default' or 'identity', got 'zero'"),
+        ({"init": "zero"}, "init must be 'default' or 'identity', or a number .* got 'zero'"),
         ({"init": "identity", "mlp_bias": False}, "leave out mlp_bias=False"),
         ({"init": "identity", "conv_bias": False}, "leave out conv_bias=False"),
         ({"init": "identity", "norm_layer": nn.InstanceNorm2d}, "InstanceNorm2d does not have"),
