@@ -116,17 +116,19 @@ class CBAM(nn.Module):
         self.hidden_channels = hidden_channels
         self.kernel_size = kernel_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        mlp_bias = has_bias("mlp_bias", mlp_bias, init)
         self.channel = ChannelGate()
         self.channel.fc1 = nn.Linear(in_channels, hidden_channels, bias=mlp_bias, **factory)
         self.channel.fc2 = nn.Linear(hidden_channels, in_channels, bias=mlp_bias, **factory)
+        open_channel_gate(self.channel, logit)
+        # A norm has a bias of its own, which comes after this one.
+        conv_bias = has_bias("conv_bias", conv_bias, init if norm_layer is None else "default")
         self.spatial = SpatialGate()
         self.spatial.conv = nn.Conv2d(
             2, 1, kernel_size, padding=kernel_size // 2, bias=conv_bias, **factory
         )
         self.spatial.norm = _make_norm(norm_layer, device, dtype)
-        if logit is not None:
-            open_channel_gate(self.channel, logit)
-            open_spatial_gate(self.spatial, logit)
+        open_spatial_gate(self.spatial, logit)
 
     def forward(self, input: Tensor) -> Tensor:
         """The refined feature map, ``[N, C, H, W]``."""

@@ -44,14 +44,20 @@ def has_bias(option: str, given: bool | None, init: Init) -> bool:
 
 
 @torch.no_grad()
-def open_channel_gate(channel: nn.Module, logit: float) -> None:
+def open_channel_gate(channel: nn.Module, logit: float | None) -> None:
+    """None leaves it as it is."""
+    if logit is None:
+        return
     nn.init.zeros_(channel.fc2.weight)
     # The MLP runs on the average and on the maximum, so its last bias counts twice.
     nn.init.constant_(channel.fc2.bias, logit / 2)
 
 
 @torch.no_grad()
-def open_spatial_gate(spatial: nn.Module, logit: float) -> None:
+def open_spatial_gate(spatial: nn.Module, logit: float | None) -> None:
+    """None leaves it as it is."""
+    if logit is None:
+        return
     last = _last_of(spatial)
     if getattr(last, "weight", None) is None or getattr(last, "bias", None) is None:
         raise ValueError(
@@ -62,15 +68,15 @@ def open_spatial_gate(spatial: nn.Module, logit: float) -> None:
     nn.init.constant_(last.bias, logit)
 
 
-def logit_of_channel_gate(channel: nn.Module) -> float | None:
-    """That at which it was opened; None where it was not, or has learnt since."""
-    logit = _constant_output(channel.fc2)
+def logit_of_channel_gate(channel: nn.Module | None) -> float | None:
+    """That at which it was opened; None where it was not, or has learnt since, or there is none."""
+    logit = None if channel is None else _constant_output(channel.fc2)
     return None if logit is None else 2 * logit
 
 
-def logit_of_spatial_gate(spatial: nn.Module) -> float | None:
+def logit_of_spatial_gate(spatial: nn.Module | None) -> float | None:
     """The same for the spatial gate."""
-    return _constant_output(_last_of(spatial))
+    return None if spatial is None else _constant_output(_last_of(spatial))
 
 
 def _last_of(spatial: nn.Module) -> nn.Module:

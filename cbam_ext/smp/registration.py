@@ -258,11 +258,9 @@ def _leaving_gates_open(original: Callable[[nn.Module], None]) -> Callable[[nn.M
         spatials = [(each.spatial, logit_of_spatial_gate(each.spatial)) for each in cbams]
         original(module)
         for channel, logit in channels:
-            if logit is not None:
-                open_channel_gate(channel, logit)
+            open_channel_gate(channel, logit)
         for spatial, logit in spatials:
-            if logit is not None:
-                open_spatial_gate(spatial, logit)
+            open_spatial_gate(spatial, logit)
 
     return _mark(initialize_decoder)
 

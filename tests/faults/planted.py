@@ -346,8 +346,8 @@ _PYTHON = (
     Fault(
         "smp-closes-gates-that-begin-open",
         "cbam_ext/smp/registration.py",
-        "                open_spatial_gate(spatial, logit)\n",
-        "                pass\n",
+        "            open_spatial_gate(spatial, logit)\n",
+        "            pass\n",
     ),
     Fault(
         "placement-branches-end-in-dropout",
