@@ -25,11 +25,11 @@ _warned: set[str] = set()
 
 def cbam(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None = None,
 ) -> Tensor:
     """Convolutional Block Attention Module as one fused, differentiable operator.
@@ -54,6 +54,9 @@ def cbam(
             channel 1 the maximum. The map is padded with ``k // 2`` zeros.
         conv_bias: ``[1]`` or None.
 
+    With ``fc1_weight`` and ``fc2_weight`` None there is no channel gate, with ``conv_weight`` None
+    no spatial gate: it is one everywhere, and what leads to it is left out.
+
     Each parameter is of the dtype of ``input`` or of its accumulator (float64 for float64, else
     float32), in which all sums and gates are kept.
 
@@ -66,7 +69,7 @@ def cbam(
 
     Raises:
         TypeError: an argument is no tensor or of a dtype that is not supported.
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape or a device does not fit, or there is no gate at all.
 
     Example:
         >>> x = torch.rand(2, 32, 8, 8)
@@ -82,18 +85,19 @@ def cbam(
 
 def gates(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two gates of :func:`cbam`, differentiable as well.
 
     Returns:
         Channel gate ``[N, C, 1, 1]`` and spatial gate ``[N, 1, H, W]``, values in [0, 1], in the
-        accumulator dtype (float64 for float64 input, else float32).
+        accumulator dtype (float64 for float64 input, else float32). One that is not there is one
+        everywhere.
     """
     arguments = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     return _run(ops.gates, reference.gates, arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ from .layers import (
 )
 from .reference import check_input
 
+Gates = Literal["both", "channel", "spatial"]
+
+_NO_MLP, _NO_CONVOLUTION = (None,) * 4, (None,) * 2
+
 
 class CBAM(nn.Module):
     """Convolutional Block Attention Module (Woo et al., ECCV 2018, arXiv:1807.06521).
@@ -60,18 +64,21 @@ class CBAM(nn.Module):
             no norm, are switched on) and weights of zero in ``channel.fc2`` and ``spatial.conv``,
             or in ``spatial.norm`` where there is one. From the second step on everything learns, at
             0.993 with gradients a 38th of those at 0.5, which an optimiser such as Adam evens out.
+        gates: "both", or one alone: "channel" (the authors' ``no_spatial``) or "spatial". Arguments
+            of a gate that is not there have no effect.
         device, dtype: of the parameters.
 
     Shape:
         ``[N, C, H, W]`` to ``[N, C, H, W]``, of the same dtype and layout.
 
     The parameters are ``channel.fc1``, ``channel.fc2`` (``nn.Linear``) and ``spatial.conv``
-    (``nn.Conv2d``), plus ``spatial.norm`` where a norm is asked for.
+    (``nn.Conv2d``), plus ``spatial.norm`` where a norm is asked for. A gate that is not there is
+    None.
 
     Raises:
         TypeError: an argument has a wrong type.
-        ValueError: a size is not positive, ``kernel_size`` is even, or what ``init`` sets is
-            switched off.
+        ValueError: a size is not positive, ``kernel_size`` is even, ``gates`` is unknown, or what
+            ``init`` sets is switched off.
 
     Example:
         >>> CBAM(64)(torch.rand(1, 64, 14, 14)).shape
@@ -80,7 +87,7 @@ class CBAM(nn.Module):
 
     # What TorchScript asks for: constants by name, and properties that it is not to compile.
     __constants__ = ("_plain_in_script",)
-    __jit_unused_properties__ = ("_plain_in_script",)
+    __jit_unused_properties__ = ("_plain_in_script", "gates")
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class CBAM(nn.Module):
         mlp_bias: bool | None = None,
         conv_bias: bool | None = None,
         norm_layer: Callable[[int], nn.Module] | None = None,
+        gates: Gates = "both",
         init: Init = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -105,30 +113,39 @@ class CBAM(nn.Module):
         if hidden_channels is None:
             hidden_channels = max(1, in_channels // reduction)
         _check_positive("hidden_channels", hidden_channels)
+        if gates not in get_args(Gates):
+            known = ", ".join(map(repr, get_args(Gates)))
+            raise ValueError(f"gates must be one of {known}, got {gates!r}")
         logit = first_logit(init)
-        mlp_bias = has_bias("mlp_bias", mlp_bias, init)
-        # A norm has a bias of its own, which comes after this one.
-        conv_bias = (
-            has_bias("conv_bias", conv_bias, init) if norm_layer is None else bool(conv_bias)
-        )
 
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
         self.kernel_size = kernel_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        mlp_bias = has_bias("mlp_bias", mlp_bias, init)
-        self.channel = ChannelGate()
-        self.channel.fc1 = nn.Linear(in_channels, hidden_channels, bias=mlp_bias, **factory)
-        self.channel.fc2 = nn.Linear(hidden_channels, in_channels, bias=mlp_bias, **factory)
-        open_channel_gate(self.channel, logit)
-        # A norm has a bias of its own, which comes after this one.
-        conv_bias = has_bias("conv_bias", conv_bias, init if norm_layer is None else "default")
-        self.spatial = SpatialGate()
-        self.spatial.conv = nn.Conv2d(
-            2, 1, kernel_size, padding=kernel_size // 2, bias=conv_bias, **factory
-        )
-        self.spatial.norm = _make_norm(norm_layer, device, dtype)
-        open_spatial_gate(self.spatial, logit)
+        self.channel = self.spatial = None
+        if gates != "spatial":
+            bias = has_bias("mlp_bias", mlp_bias, init)
+            self.channel = ChannelGate()
+            self.channel.fc1 = nn.Linear(in_channels, hidden_channels, bias=bias, **factory)
+            self.channel.fc2 = nn.Linear(hidden_channels, in_channels, bias=bias, **factory)
+            open_channel_gate(self.channel, logit)
+        if gates != "channel":
+            # A norm has a bias of its own, which comes after this one.
+            needed = init if norm_layer is None else "default"
+            bias = has_bias("conv_bias", conv_bias, needed)
+            self.spatial = SpatialGate()
+            self.spatial.conv = nn.Conv2d(
+                2, 1, kernel_size, padding=kernel_size // 2, bias=bias, **factory
+            )
+            self.spatial.norm = _make_norm(norm_layer, device, dtype)
+            open_spatial_gate(self.spatial, logit)
+
+    @property
+    def gates(self) -> Gates:
+        """Which gates there are: "both", "channel" or "spatial"."""
+        if self.spatial is None:
+            return "channel"
+        return "spatial" if self.channel is None else "both"
 
     def forward(self, input: Tensor) -> Tensor:
         """The refined feature map, ``[N, C, H, W]``."""
@@ -145,7 +162,7 @@ class CBAM(nn.Module):
             quick = self._read_quickly()
             if quick is not None:
                 try:
-                    return _fused(input, quick, self._modules["spatial"]._modules.get("norm"))
+                    return _fused(input, quick, norm_of(self._modules.get("spatial")))
                 except (RuntimeError, TypeError, ValueError):
                     if are_plain(quick):
                         raise
@@ -157,9 +174,13 @@ class CBAM(nn.Module):
     def _layer_by_layer(self, input: Tensor) -> Tensor:
         """``forward`` where a layer has to be called."""
         check_input(input)
-        if self._why_gates_are_called() is not None:
-            refined = self.channel(input) * input.to(reference.accumulator_dtype(input.dtype))
-            return (self.spatial(refined) * refined).to(input.dtype)
+        if self.gates != "both" or self._why_gates_are_called() is not None:
+            refined = input.to(reference.accumulator_dtype(input.dtype))
+            if self.channel is not None:
+                refined = self.channel(input) * refined
+            if self.spatial is not None:
+                refined = self.spatial(refined) * refined
+            return refined.to(input.dtype)
         channel_gate, logits, carriers = self._called_logits(input)
         return functional.apply_gates(input, channel_gate, logits, carriers)
 
@@ -188,13 +209,20 @@ class CBAM(nn.Module):
         """``forward`` in the part of Python that TorchScript compiles."""
         if self._plain_in_script:
             return self._plain(input)
-        fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
+        w1: Tensor | None = None
+        b1: Tensor | None = None
+        w2: Tensor | None = None
+        b2: Tensor | None = None
+        if self.channel is not None:
+            fc1, fc2 = self.channel.fc1, self.channel.fc2
+            w1, b1, w2, b2 = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        if self.spatial is None:
+            return torch.ops.cbam.forward(input, w1, b1, w2, b2, None, None)
+        conv = self.spatial.conv
         if self.spatial.norm is None:
-            return torch.ops.cbam.forward(
-                input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
-            )
+            return torch.ops.cbam.forward(input, w1, b1, w2, b2, conv.weight, conv.bias)
         channel_gate, logits = torch.ops.cbam._logits(
-            input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, conv.weight, conv.bias
+            input, w1, b1, w2, b2, conv.weight, conv.bias
         )
         # It cannot ask a norm for its dtype; a model is converted as a whole.
         logits = self.spatial.norm(logits.to(conv.weight.dtype)).to(logits.dtype)
@@ -202,8 +230,12 @@ class CBAM(nn.Module):
 
     def _plain(self, input: Tensor) -> Tensor:
         """``forward`` as the chain of layers in the dtype of the input."""
-        refined = input * self.channel(input)
-        return refined * self.spatial(refined)
+        refined = input
+        if self.channel is not None:
+            refined = refined * self.channel(refined)
+        if self.spatial is not None:
+            refined = refined * self.spatial(refined)
+        return refined
 
     @property
     def _plain_in_script(self) -> bool:
@@ -217,7 +249,7 @@ class CBAM(nn.Module):
 
         Returns:
             Channel gate ``[N, C, 1, 1]`` and spatial gate ``[N, 1, H, W]``, values in [0, 1], in
-            float32 (float64 for float64 input).
+            float32 (float64 for float64 input). One that is not there is one everywhere.
         """
         parameters = self._read_layers()
         if isinstance(parameters, str):
@@ -232,9 +264,16 @@ class CBAM(nn.Module):
         return channel_gate, torch.sigmoid(call(with_own_buffers(norm), logits))
 
     def _called_gates(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        if self._why_gates_are_called() is not None:
-            gate = self.channel(input)
-            return gate, self.spatial(gate * input.to(reference.accumulator_dtype(input.dtype)))
+        if self.gates != "both" or self._why_gates_are_called() is not None:
+            n, c, h, w = input.shape
+            refined = input.to(reference.accumulator_dtype(input.dtype))
+            channel_gate, spatial_gate = refined.new_ones(n, c, 1, 1), refined.new_ones(n, 1, h, w)
+            if self.channel is not None:
+                channel_gate = self.channel(input)
+                refined = channel_gate * refined
+            if self.spatial is not None:
+                spatial_gate = self.spatial(refined)
+            return channel_gate, spatial_gate
         gate, logits, _ = self._called_logits(input)
         return gate, torch.sigmoid(logits)
 
@@ -263,10 +302,13 @@ class CBAM(nn.Module):
         return None if reason is None else f"the norm is called: spatial.norm {reason}"
 
     def extra_repr(self) -> str:
-        text = (
-            f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, "
-            f"kernel_size={self.kernel_size}"
-        )
+        text = f"in_channels={self.in_channels}"
+        if self.channel is not None:
+            text += f", hidden_channels={self.hidden_channels}"
+        if self.spatial is not None:
+            text += f", kernel_size={self.kernel_size}"
+        if self.gates != "both":
+            text += f", gates={self.gates!r}"
         reason = self.why_not_fused()
         return text if reason is None else f"{text}, {reason}"
 
@@ -274,7 +316,11 @@ class CBAM(nn.Module):
         """:meth:`_read_layers` for the usual case."""
         modules = self._modules
         channel, spatial = modules.get("channel"), modules.get("spatial")
-        if type(channel) is ChannelGate and type(spatial) is SpatialGate and not are_watched():
+        if (
+            (type(channel) is ChannelGate or channel is None)
+            and (type(spatial) is SpatialGate or spatial is None)
+            and not are_watched()
+        ):
             return read_quickly(channel, spatial)
         return None
 
@@ -293,26 +339,14 @@ class CBAM(nn.Module):
         reason = self._why_gates_are_called()
         if reason is not None:
             return reason
-        fc1, fc2, conv = self.channel.fc1, self.channel.fc2, self.spatial.conv
-        reason = why_called(fc1, nn.Linear)
-        if reason is not None:
-            return f"channel.fc1 {reason}"
-        reason = why_called(fc2, nn.Linear)
-        if reason is not None:
-            return f"channel.fc2 {reason}"
-        reason = why_called(conv, nn.Conv2d)
-        if reason is not None:
-            return f"spatial.conv {reason}"
-        parameters = tuple(
-            parameter(layer, name) for layer in (fc1, fc2, conv) for name in ("weight", "bias")
-        )
-        if not are_plain(parameters):
-            return "a parameter is no plain tensor"
-        if not are_of_one_mlp(fc1, fc2):
-            return "channel.fc1 and channel.fc2 have other shapes"
-        if not slides_as_built(conv, parameters[4]):
-            return "spatial.conv has another geometry"
-        return parameters
+        mlp = _NO_MLP if self.channel is None else _read_mlp(self.channel)
+        if isinstance(mlp, str):
+            return f"channel.{mlp}"
+        convolution = _NO_CONVOLUTION if self.spatial is None else _read_convolution(self.spatial)
+        if isinstance(convolution, str):
+            return f"spatial.{convolution}"
+        parameters = mlp + convolution
+        return parameters if are_plain(parameters) else "a parameter is no plain tensor"
 
 
 class Residual(nn.Module):
@@ -366,8 +400,34 @@ def _make_norm(
     return norm.to(device=device, dtype=dtype)
 
 
-def _why_gate_is_called(gate: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why ``gate`` is not exactly a ``kind``."""
+def _read_mlp(channel: nn.Module) -> Parameters | str:
+    """Weights and biases of a channel gate, or which layer is called and why."""
+    fc1, fc2 = channel.fc1, channel.fc2
+    for name, layer in (("fc1", fc1), ("fc2", fc2)):
+        reason = why_called(layer, nn.Linear)
+        if reason is not None:
+            return f"{name} {reason}"
+    if not are_of_one_mlp(fc1, fc2):
+        return "fc1 and channel.fc2 have other shapes"
+    return tuple(parameter(layer, name) for layer in (fc1, fc2) for name in ("weight", "bias"))
+
+
+def _read_convolution(spatial: nn.Module) -> Parameters | str:
+    """Weight and bias of a spatial gate, or why its convolution is called."""
+    conv = spatial.conv
+    reason = why_called(conv, nn.Conv2d)
+    if reason is not None:
+        return f"conv {reason}"
+    weight = parameter(conv, "weight")
+    if not slides_as_built(conv, weight):
+        return "conv has another geometry"
+    return weight, parameter(conv, "bias")
+
+
+def _why_gate_is_called(gate: nn.Module | None, kind: type[nn.Module]) -> str | None:
+    """Why ``gate`` is not exactly a ``kind``; one that is not there is not called."""
+    if gate is None:
+        return None
     if type(gate) is not kind:
         return f"is a {type(gate).__name__}"
     if has_hooks(gate):

@@ -42,6 +42,10 @@ struct Parameters {
   ParameterView fc2_bias;     // [C]
   ParameterView conv_weight;  // [1, 2, k, k]
   ParameterView conv_bias;    // [1]
+
+  // One of the two may be missing: it is one everywhere, its logits infinite.
+  bool have_channel_gate() const { return fc1_weight.data != nullptr; }
+  bool have_spatial_gate() const { return conv_weight.data != nullptr; }
 };
 
 // x -> channel gate -> logits of the spatial gate -> y. Outputs that are null are not wanted, and

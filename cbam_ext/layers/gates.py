@@ -95,6 +95,6 @@ def spatial_logits(spatial: nn.Module, stats: Tensor) -> Tensor:
     return logits if norm is None else call(norm, logits)
 
 
-def norm_of(spatial: nn.Module) -> Any:
-    """The norm of the logits; None where there is none."""
+def norm_of(spatial: nn.Module | None) -> Any:
+    """The norm of the logits; None where there is none, or no spatial gate."""
     return getattr(spatial, "norm", None)

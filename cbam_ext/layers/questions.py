@@ -22,7 +22,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from ..reference import DTYPES, in_dtype, untraced
 
-# fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias
+# fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias; all None of a gate that is not
+# there.
 Parameters = tuple[Tensor | None, ...]
 
 # What the layers' classes do, before anybody replaces it.
@@ -41,21 +42,76 @@ _PURE = (parametrizations._WeightNorm, parametrizations._Orthogonal)
 _PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
 
 
-def read_quickly(channel: nn.Module, spatial: nn.Module) -> Parameters | None:
+_NO_MLP, _NO_CONVOLUTION = (None,) * 4, (None,) * 2
+
+
+def read_quickly(channel: nn.Module | None, spatial: nn.Module | None) -> Parameters | None:
     """Weights and biases of the layers where all is as everybody has it; None elsewhere.
 
     A shortcut through the questions below for small feature maps, around which a microsecond shows:
     so it asks them in one place, of what Python holds itself. Dtypes and layouts are left to the
     operator, which refuses those that it does not read. The gates' classes are the caller's to ask.
     """
+    mlp = _NO_MLP if channel is None else _read_mlp_quickly(channel)
+    if mlp is None:
+        return None
+    convolution = _NO_CONVOLUTION if spatial is None else _read_convolution_quickly(spatial)
+    return None if convolution is None else mlp + convolution
+
+
+def _read_mlp_quickly(channel: nn.Module) -> Parameters | None:
     try:
-        fc1, fc2, conv = channel._modules["fc1"], channel._modules["fc2"], spatial._modules["conv"]
-        first, second, third = fc1._parameters, fc2._parameters, conv._parameters
+        fc1, fc2 = channel._modules["fc1"], channel._modules["fc2"]
+        first, second = fc1._parameters, fc2._parameters
         w1, b1, w2, b2 = first["weight"], first["bias"], second["weight"], second["bias"]
-        w3, b3 = third["weight"], third["bias"]
     except (AttributeError, KeyError):
         return None
-    for module in (channel, spatial, fc1, fc2, conv):
+    if _are_noticed(channel, fc1, fc2):
+        return None
+    own1, own2 = fc1.__dict__, fc2.__dict__
+    if (
+        type(fc1) is type(fc2) is _Linear
+        and _Linear.forward is _LINEAR_FORWARD
+        and type(w1) is type(w2) is _Parameter
+        and (b1 is None or type(b1) is _Parameter)
+        and (b2 is None or type(b2) is _Parameter)
+        and own1["out_features"] == own2["in_features"]
+        and own1["in_features"] == own2["out_features"]
+    ):
+        return w1, b1, w2, b2
+    return None
+
+
+def _read_convolution_quickly(spatial: nn.Module) -> Parameters | None:
+    try:
+        conv = spatial._modules["conv"]
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    except (AttributeError, KeyError):
+        return None
+    if _are_noticed(spatial, conv):
+        return None
+    own = conv.__dict__
+    if (
+        type(conv) is _Conv2d
+        and _Conv2d.forward is _CONV2D_FORWARD
+        and _Conv2d._conv_forward is _CONV_FORWARD
+        and "_conv_forward" not in own
+        and type(weight) is _Parameter
+        and (bias is None or type(bias) is _Parameter)
+        and own["stride"] == own["dilation"] == _ONE
+        and own["groups"] == 1
+        and own["padding_mode"] == "zeros"
+    ):
+        size = own["kernel_size"][0]
+        half = size // 2
+        if own["padding"] == (half, half) and weight.shape == (1, 2, size, size):
+            return weight, bias
+    return None
+
+
+def _are_noticed(*modules: nn.Module) -> bool:
+    """Whether a call of any of these would be seen, or run something of its own."""
+    for module in modules:
         own = module.__dict__
         if (
             own["_forward_pre_hooks"]
@@ -66,30 +122,8 @@ def read_quickly(channel: nn.Module, spatial: nn.Module) -> Parameters | None:
             or "_call_impl" in own
             or "_compiled_call_impl" in own
         ):
-            return None
-    mlp1, mlp2, own = fc1.__dict__, fc2.__dict__, conv.__dict__
-    if (
-        type(fc1) is type(fc2) is _Linear
-        and type(conv) is _Conv2d
-        and _Linear.forward is _LINEAR_FORWARD
-        and _Conv2d.forward is _CONV2D_FORWARD
-        and _Conv2d._conv_forward is _CONV_FORWARD
-        and "_conv_forward" not in own
-        and type(w1) is type(w2) is type(w3) is _Parameter
-        and (b1 is None or type(b1) is _Parameter)
-        and (b2 is None or type(b2) is _Parameter)
-        and (b3 is None or type(b3) is _Parameter)
-        and mlp1["out_features"] == mlp2["in_features"]
-        and mlp1["in_features"] == mlp2["out_features"]
-        and own["stride"] == own["dilation"] == _ONE
-        and own["groups"] == 1
-        and own["padding_mode"] == "zeros"
-    ):
-        size = own["kernel_size"][0]
-        half = size // 2
-        if own["padding"] == (half, half) and w3.shape == (1, 2, size, size):
-            return w1, b1, w2, b2, w3, b3
-    return None
+            return True
+    return False
 
 
 def is_quickly_read(norm: nn.Module) -> bool:

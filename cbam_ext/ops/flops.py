@@ -80,7 +80,8 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """
 
     def count(inputs: list[Any], outputs: list[Any]) -> int:
-        shapes = (value.type().sizes() for value in (inputs[0], inputs[1], inputs[3], inputs[5]))
+        values = (inputs[0].type(), inputs[1].type(), inputs[3].type(), inputs[5].type())
+        shapes = (value.sizes() if value.kind() == "TensorType" else None for value in values)
         input, fc1_weight, fc2_weight, conv_weight = shapes
         return _forward(input, fc1_weight, None, fc2_weight, None, conv_weight) // 2
 
@@ -89,11 +90,11 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 def _forward(
     input: Shape,
-    fc1_weight: Shape,
+    fc1_weight: Shape | None,
     fc1_bias: Shape | None,
-    fc2_weight: Shape,
+    fc2_weight: Shape | None,
     fc2_bias: Shape | None,
-    conv_weight: Shape,
+    conv_weight: Shape | None,
     *_: Any,
     **__: Any,
 ) -> int:
@@ -105,11 +106,11 @@ def _backward(
     input: Shape,
     channel_gate: Shape,
     spatial_gate: Shape,
-    fc1_weight: Shape,
+    fc1_weight: Shape | None,
     fc1_bias: Shape | None,
-    fc2_weight: Shape,
+    fc2_weight: Shape | None,
     fc2_bias: Shape | None,
-    conv_weight: Shape,
+    conv_weight: Shape | None,
     conv_bias: Shape | None,
     input_grad: bool,
     mlp_grads: bool,
@@ -138,13 +139,17 @@ def _logits_backward(
     return _backward(grad_output, input, channel_gate, spatial_gate, *parameters_and_groups)
 
 
-def _layer(input: Shape, weight: Shape) -> int:
-    """One layer of the MLP, for both pooled vectors of every sample."""
+def _layer(input: Shape, weight: Shape | None) -> int:
+    """One layer of the MLP, for both pooled vectors of every sample; nothing without a gate."""
+    if weight is None:
+        return 0
     hidden, channels = weight
     return 2 * 2 * input[0] * channels * hidden
 
 
-def _convolution(input: Shape, weight: Shape) -> int:
+def _convolution(input: Shape, weight: Shape | None) -> int:
+    if weight is None:
+        return 0
     n, _, height, width = input
     _, maps, kernel, _ = weight
     return 2 * n * height * width * maps * kernel * kernel

@@ -8,10 +8,12 @@ that the convolution sees (average and maximum over the channels of ``u = ca * x
     dz = ca (1 - ca) sum_p du x                gradient of the sum that the sigmoid is taken of
     dx = ca du + davg / P + [p is the first largest of c] dmax
 
+A gate that is not there is one, and nothing goes through it: ``dz``, or ``dl``, counts as zero.
+
 The kernels compute the same in fewer passes. This is what they are differentiated by a second time,
 and what they decompose to. Arguments and results are those of the operators (csrc/torch/schemas.h)
 but for the flags that say which gradients are wanted; None stands for the gradient of an absent
-bias.
+parameter.
 """
 
 from __future__ import annotations
@@ -109,47 +111,52 @@ def logits_backward(
     spatial_gate: Tensor,
     grad_channel_gate: Tensor,
     grad_logits: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None,
 ) -> Gradients:
     """``_logits_backward``: what came back through gate and logits, and all of the input's."""
     dtype = accumulator_dtype(input.dtype)
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     w1, b1, w2, _, conv, _ = (None if p is None else p.to(dtype) for p in parameters)
-    assert w1 is not None and w2 is not None and conv is not None
-    padding = conv.shape[-1] // 2
+    n, c, h, w = input.shape
 
-    # The convolution.
-    stats = reference.channel_stats(input, channel_gate)
-    grad_stats, grad_conv, _ = torch.ops.aten.convolution_backward(
-        *(grad_logits, stats, conv, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1),
-        [True, True, False],
-    )
+    gradients: list[Tensor | None] = [None] * 6
+    if conv is None:
+        grad_stats = input.new_zeros((n, 2, h, w), dtype=dtype)
+        grad_gate = grad_channel_gate
+    else:
+        padding = conv.shape[-1] // 2
+        stats = reference.channel_stats(input, channel_gate)
+        grad_stats, grad_conv, _ = torch.ops.aten.convolution_backward(
+            *(grad_logits, stats, conv, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1),
+            [True, True, False],
+        )
+        gradients[4:] = grad_conv, grad_logits.sum().view(1)
+        grad_gate = grad_channel_gate + channel_stats_backward(grad_stats, input, channel_gate)
 
-    # The MLP.
-    grad_gate = grad_channel_gate + channel_stats_backward(grad_stats, input, channel_gate)
-    dz = (channel_gate * (1 - channel_gate) * grad_gate).flatten(1)
-    pooled = reference.pool(input).unbind(1)
-    before = [F.linear(value, w1, b1) for value in pooled]
-    hidden = [F.relu(value) for value in before]
-    grad_before = [(dz @ w2) * (value > 0) for value in before]
-    grad_pooled = torch.stack([value @ w1 for value in grad_before], 1)
+    if w1 is None or w2 is None:
+        grad_pooled = input.new_zeros((n, 2, c), dtype=dtype)
+    else:
+        dz = (channel_gate * (1 - channel_gate) * grad_gate).flatten(1)
+        pooled = reference.pool(input).unbind(1)
+        before = [F.linear(value, w1, b1) for value in pooled]
+        hidden = [F.relu(value) for value in before]
+        grad_before = [(dz @ w2) * (value > 0) for value in before]
+        grad_pooled = torch.stack([value @ w1 for value in grad_before], 1)
+        gradients[:4] = (
+            grad_before[0].T @ pooled[0] + grad_before[1].T @ pooled[1],
+            (grad_before[0] + grad_before[1]).sum(0),
+            dz.T @ (hidden[0] + hidden[1]),
+            2 * dz.sum(0),
+        )
 
     dx = pool_backward(grad_pooled, grad_output, input, channel_gate, spatial_gate, grad_stats)
-    gradients = (
-        grad_before[0].T @ pooled[0] + grad_before[1].T @ pooled[1],
-        (grad_before[0] + grad_before[1]).sum(0),
-        dz.T @ (hidden[0] + hidden[1]),
-        2 * dz.sum(0),
-        grad_conv,
-        grad_logits.sum().view(1),
-    )
     return dx, *(
-        None if parameter is None else gradient.to(parameter.dtype)
+        None if parameter is None or gradient is None else gradient.to(parameter.dtype)
         for parameter, gradient in zip(parameters, gradients, strict=True)
     )
 

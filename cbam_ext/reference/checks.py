@@ -44,11 +44,11 @@ def untraced(question: Callable[P, T]) -> Callable[P, T]:
 @untraced
 def check_arguments(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None,
 ) -> None:
     """Raises TypeError or ValueError that names the argument, what was expected and what came."""
@@ -64,29 +64,32 @@ def check_arguments(
         "conv_bias": conv_bias,
     }
     for name, parameter in parameters.items():
-        if parameter is not None or name.endswith("weight"):
+        if parameter is not None:
             _check_parameter(name, parameter, input)
 
-    if fc1_weight.dim() != 2 or fc1_weight.shape[0] == 0 or fc1_weight.shape[1] != channels:
-        raise ValueError(
-            f"fc1_weight must have shape [R, {channels}] (R >= 1, and the {channels} channels of "
-            f"input), got {_shape(fc1_weight)}"
-        )
-    hidden = fc1_weight.shape[0]
-    _check_shape("fc1_bias", fc1_bias, [hidden])
-    _check_shape("fc2_weight", fc2_weight, [channels, hidden])
-    _check_shape("fc2_bias", fc2_bias, [channels])
-    if (
-        conv_weight.dim() != 4
-        or conv_weight.shape[0] != 1
-        or conv_weight.shape[1] != 2
-        or conv_weight.shape[2] != conv_weight.shape[3]
-        or conv_weight.shape[2] % 2 == 0
-    ):
-        raise ValueError(
-            f"conv_weight must have shape [1, 2, k, k] with k odd, got {_shape(conv_weight)}"
-        )
-    _check_shape("conv_bias", conv_bias, [1])
+    _check_gates(**parameters)
+    if fc1_weight is not None:
+        if fc1_weight.dim() != 2 or fc1_weight.shape[0] == 0 or fc1_weight.shape[1] != channels:
+            raise ValueError(
+                f"fc1_weight must have shape [R, {channels}] (R >= 1, and the {channels} channels "
+                f"of input), got {_shape(fc1_weight)}"
+            )
+        hidden = fc1_weight.shape[0]
+        _check_shape("fc1_bias", fc1_bias, [hidden])
+        _check_shape("fc2_weight", fc2_weight, [channels, hidden])
+        _check_shape("fc2_bias", fc2_bias, [channels])
+    if conv_weight is not None:
+        if (
+            conv_weight.dim() != 4
+            or conv_weight.shape[0] != 1
+            or conv_weight.shape[1] != 2
+            or conv_weight.shape[2] != conv_weight.shape[3]
+            or conv_weight.shape[2] % 2 == 0
+        ):
+            raise ValueError(
+                f"conv_weight must have shape [1, 2, k, k] with k odd, got {_shape(conv_weight)}"
+            )
+        _check_shape("conv_bias", conv_bias, [1])
 
 
 @untraced
@@ -104,6 +107,30 @@ def check_input(input: Tensor) -> None:
         raise ValueError(f"input must have C, H and W of at least 1, got {_shape(input)}")
     if channels > MAX_CHANNELS:
         raise ValueError(f"input must have at most {MAX_CHANNELS} channels, got {_shape(input)}")
+
+
+def _check_gates(
+    fc1_weight: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor | None,
+    fc2_bias: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+) -> None:
+    """Which gates there are: one of them at least, and of each all weights or none."""
+    if (fc1_weight is None) != (fc2_weight is None):
+        raise ValueError(
+            "fc1_weight and fc2_weight must be given together, or both be None for no channel gate"
+        )
+    if fc1_weight is None and not (fc1_bias is None and fc2_bias is None):
+        raise ValueError("fc1_bias and fc2_bias must be None where fc1_weight and fc2_weight are")
+    if conv_weight is None and conv_bias is not None:
+        raise ValueError("conv_bias must be None where conv_weight is")
+    if fc1_weight is None and conv_weight is None:
+        raise ValueError(
+            "weights of at least one gate must be given: fc1_weight and fc2_weight of the channel "
+            "gate, conv_weight of the spatial gate"
+        )
 
 
 def _check_tensor(name: str, value: object) -> None:

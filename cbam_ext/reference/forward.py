@@ -9,6 +9,7 @@ is available.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -58,11 +59,11 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 def cbam(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None = None,
 ) -> Tensor:
     """Refines ``input`` by channel attention, then spatial attention (paper, equation 1).
@@ -70,21 +71,27 @@ def cbam(
     Arguments, result and errors are those of :func:`cbam_ext.cbam`.
     """
     check_arguments(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    gate = channel_gate(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    logits = spatial_logits(input, gate, conv_weight, conv_bias)
+    gate = logits = None
+    if fc1_weight is not None:
+        gate = channel_gate(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if conv_weight is not None:
+        logits = spatial_logits(input, gate, conv_weight, conv_bias)
     return apply_gates(input, gate, logits)
 
 
 def gates(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     conv_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two gates of :func:`cbam`: ``[N, C, 1, 1]`` and ``[N, 1, H, W]``, accumulator dtype."""
+    """The two gates of :func:`cbam`: ``[N, C, 1, 1]`` and ``[N, 1, H, W]``, accumulator dtype.
+
+    One that is not there is one everywhere.
+    """
     check_arguments(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
     gate = channel_gate(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return gate, torch.sigmoid(spatial_logits(input, gate, conv_weight, conv_bias))
@@ -99,16 +106,19 @@ def pool(input: Tensor) -> Tensor:
 @without_autocast
 def channel_gate(
     input: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | None,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | None,
     fc2_bias: Tensor | None,
 ) -> Tensor:
     """Channel attention (paper, equation 2): ``[N, C, 1, 1]`` in the accumulator dtype.
 
-    One MLP serves both pooled vectors, so the bias of its second layer counts twice.
+    One MLP serves both pooled vectors, so the bias of its second layer counts twice. Without
+    weights the gate is one.
     """
     dtype = accumulator_dtype(input.dtype)
+    if fc1_weight is None or fc2_weight is None:
+        return input.new_ones((*input.shape[:2], 1, 1), dtype=dtype)
 
     def mlp(pooled: Tensor) -> Tensor:
         hidden = F.relu(F.linear(pooled, in_dtype(fc1_weight, dtype), in_dtype(fc1_bias, dtype)))
@@ -119,21 +129,30 @@ def channel_gate(
 
 
 @without_autocast
-def channel_stats(input: Tensor, channel_gate: Tensor) -> Tensor:
+def channel_stats(input: Tensor, channel_gate: Tensor | None) -> Tensor:
     """What the convolution sees of ``u = channel_gate * input``: ``[N, 2, H, W]``.
 
     Channel 0 is the average over the channels of ``u``, channel 1 the maximum.
     """
-    refined = channel_gate * in_dtype(input, accumulator_dtype(input.dtype))
+    refined = _refined(input, channel_gate)
     return torch.stack([refined.mean(1), refined.max(1).values], 1)
 
 
 @without_autocast
 def spatial_logits(
-    input: Tensor, channel_gate: Tensor, conv_weight: Tensor, conv_bias: Tensor | None
+    input: Tensor,
+    channel_gate: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
 ) -> Tensor:
-    """Logits of the spatial attention (paper, equation 3): ``[N, 1, H, W]``, accumulator dtype."""
+    """Logits of the spatial attention (paper, equation 3): ``[N, 1, H, W]``, accumulator dtype.
+
+    Without a weight they are infinite, and the gate is one.
+    """
     dtype = accumulator_dtype(input.dtype)
+    if conv_weight is None:
+        n, _, h, w = input.shape
+        return input.new_full((n, 1, h, w), math.inf, dtype=dtype)
     stats = channel_stats(input, channel_gate)
     padding = conv_weight.shape[-1] // 2
     return F.conv2d(
@@ -142,10 +161,18 @@ def spatial_logits(
 
 
 @without_autocast
-def apply_gates(input: Tensor, channel_gate: Tensor, logits: Tensor) -> Tensor:
-    """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``."""
-    refined = channel_gate * in_dtype(input, accumulator_dtype(input.dtype))
-    return in_dtype(torch.sigmoid(logits) * refined, input.dtype)
+def apply_gates(input: Tensor, channel_gate: Tensor | None, logits: Tensor | None) -> Tensor:
+    """``sigmoid(logits) * channel_gate * input``, rounded once to the dtype of ``input``.
+
+    None stands for a gate of ones.
+    """
+    refined = _refined(input, channel_gate)
+    return in_dtype(refined if logits is None else torch.sigmoid(logits) * refined, input.dtype)
+
+
+def _refined(input: Tensor, channel_gate: Tensor | None) -> Tensor:
+    wide = in_dtype(input, accumulator_dtype(input.dtype))
+    return wide if channel_gate is None else channel_gate * wide
 
 
 def _average_and_maximum(input: Tensor) -> list[Tensor]:

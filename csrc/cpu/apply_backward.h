@@ -23,6 +23,15 @@ struct GateDots {
   A* sums;   // [padded C] the same, added up
 };
 
+// From the gradient of the gate of a tile's pixels to that of their logits.
+template <class A>
+inline void through_sigmoid(Tile tile, const A* sa, A* grads) {
+  each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+    const Vec<A> gate = load(sa + tile.begin + i, part);
+    store(grads + i, gate * (A{1} - gate) * load(grads + i, part), part);
+  });
+}
+
 // The sweep over (x, g) for one tile: the gradient of its pixels' logits.
 template <class S, class Sweeps, class A>
 [[gnu::flatten]] void tile_gate_grads(const Shape& shape, int64_t t, const S* x, const S* g,
@@ -30,10 +39,7 @@ template <class S, class Sweeps, class A>
                                       A* dlogits) {
   const Tile tile(shape, t);
   Sweeps::gate_grads(shape, tile, x, g, ca, sa, dlogits, dots.tiles + t * shape.padded_c);
-  each_vector<A>(tile.size(), [&](int64_t i, auto part) {
-    const Vec<A> gate = load(sa + tile.begin + i, part);
-    store(dlogits + i, gate * (A{1} - gate) * load(dlogits + i, part), part);
-  });
+  through_sigmoid(tile, sa, dlogits);
 }
 
 template <class A>

@@ -11,6 +11,9 @@
 // in the cache. Where a norm stands between the phases of forward, the first line is a call of its
 // own (apply_backward.h), and what it found comes in as arguments of the rest.
 //
+// For a gate alone one sweep over (x, g) takes the place of the first and the third: a channel gate
+// needs the pooled maps and sum_p g x of it, a spatial gate the statistics and sum_c g x.
+//
 // Where PyTorch runs the layers, two operators do what is around them: channel stats backward is
 // the third line, pool backward that and the last. Both sweep over x for the argmax of each pixel,
 // which nobody kept.
@@ -102,24 +105,25 @@ struct BackwardMemory {
   Bordered<A> maps[2];  // mean and maximum of u
 };
 
+constexpr int64_t kNoPixel = -1;
+
 // Pixel of each channel's maximum: the first of equals, the first NaN if there is one.
 template <class S, class Sweeps, class A>
 inline void find_channel_argmaxima(const Shape& shape, const S* x, const SweepMemory<A>& sweeps) {
-  constexpr int64_t kNotYet = -1;
-  std::fill_n(sweeps.channel_argmaxima, shape.c, kNotYet);
+  std::fill_n(sweeps.channel_argmaxima, shape.c, kNoPixel);
   for (int64_t t = 0; t < shape.tiles; ++t) {
     const Tile pixels = Band(shape, t).pixels;
     const A* maxima = sweeps.pools.tile_maxima + t * shape.padded_c;
     const Int<A>* argmaxima = sweeps.tile_argmaxima + t * shape.padded_c;
     for (int64_t c = 0; c < shape.c; ++c) {
-      if (sweeps.channel_argmaxima[c] != kNotYet || maxima[c] != sweeps.pools.maximum[c]) continue;
+      if (sweeps.channel_argmaxima[c] != kNoPixel || maxima[c] != sweeps.pools.maximum[c]) continue;
       sweeps.channel_argmaxima[c] = Sweeps::find_argmax(shape, pixels, x, c, maxima[c], argmaxima);
     }
   }
   for (int64_t c = 0; c < shape.c; ++c) {
     // No tile has a NaN for its maximum.
     int64_t& argmax = sweeps.channel_argmaxima[c];
-    if (argmax == kNotYet) argmax = find_nan_pixel<Sweeps>(shape, x, c);
+    if (argmax == kNoPixel) argmax = find_nan_pixel<Sweeps>(shape, x, c);
   }
 }
 
@@ -142,11 +146,10 @@ inline void add_maximum_grad(const Shape& shape, int64_t c, int64_t p, const S* 
 // dx of one sample, whose sweep over x is done and settled. `daverage` and `dmaximum`: gradients of
 // its pooled maps, the first divided by P and [padded C].
 template <class Sweeps, class S, class A>
-inline void sample_input_grad(const Sample<S>& sample, const S* x, const S* g, const A* sa,
+inline void sample_input_grad(const Sample<S>& sample, const S* g, const A* sa,
                               const SweepMemory<A>& sweeps, const A* daverage, const A* dmaximum,
                               S* dx) {
   const Shape& shape = sample.shape;
-  find_channel_argmaxima<S, Sweeps>(shape, x, sweeps);
   const InputGradMaps<A> maps{sweeps.ds[0], sweeps.ds[1], sweeps.argmaxima, daverage};
   each_tile_backwards(shape, sample.parallel, [&](int64_t t) {
     const Tile tile(shape, t);
@@ -159,6 +162,154 @@ inline void sample_input_grad(const Sample<S>& sample, const S* x, const S* g, c
   });
 }
 
+// What the sweeps of one sample read.
+template <class S>
+struct SampleMaps {
+  using A = Acc<S>;
+  SampleMaps(const BackwardArgs& args, const Sample<S>& sample)
+      : x(sample.features(args.input)),
+        g(sample.features(args.grad_output)),
+        ca(sample.values(args.channel_gate, sample.shape.c)),
+        sa(sample.values(args.spatial_gate, sample.shape.pixels)),
+        dca(sample.values(args.grad_channel_gate, sample.shape.c)),
+        dlogits(sample.values(args.grad_logits, sample.shape.pixels)) {}
+  const S* x;
+  const S* g;
+  const A* ca;
+  const A* sa;
+  const A* dca;      // null where this backward computes it, as dlogits
+  const A* dlogits;  // both are given or none
+};
+
+// ds of the pixels of a band, from the gradients of all logits around it.
+template <class A>
+inline void transposed_convolution(const Shape& shape, const Band& band, const Weights<A>& weights,
+                                   const BackwardMemory<A>& memory) {
+  const Bordered<A> dlogits[1] = {memory.dlogits};
+  A* const* ds = memory.sweeps.ds;
+  convolve_rows<1, 2>(shape, band.first_row, band.last_row, dlogits, weights.conv_flipped,
+                      [&](int64_t pixel, auto part, const Vec<A>* sums) {
+                        store(ds[0] + pixel, sums[0] / static_cast<A>(shape.c), part);
+                        store(ds[1] + pixel, sums[1], part);
+                      });
+}
+
+// The sweeps up to the sums that reach the MLP, where a spatial gate stands behind a channel gate,
+// or a norm behind either.
+template <class S, class Sweeps, class A>
+inline void sweep_both(const SampleMaps<S>& maps, const Weights<A>& weights, bool conv_grads,
+                       const Sample<S>& sample, const BackwardMemory<A>& memory) {
+  const Shape& shape = sample.shape;
+  const SweepMemory<A>& sweeps = memory.sweeps;
+  each_tile_and_band(
+      shape, sample.parallel,
+      [&](int64_t t) {
+        const Tile tile(shape, t);
+        if (maps.dlogits != nullptr) {
+          return memory.dlogits.fill(shape, tile, maps.dlogits + tile.begin);
+        }
+        A dlogits[Shape::kMaxTile];
+        tile_gate_grads<S, Sweeps>(shape, t, maps.x, maps.g, sweeps.ca, maps.sa, memory.gate_dots,
+                                   dlogits);
+        memory.dlogits.fill(shape, tile, dlogits);
+      },
+      [&](int64_t t) {
+        const Band band(shape, t);
+        transposed_convolution(shape, band, weights, memory);
+        band_stats<Sweeps>(shape, t, maps.x, sweeps);
+        band_shares(shape, t, sweeps, [&](int64_t p) { return sweeps.maxima[p]; });
+        if (conv_grads) {
+          memory.maps[0].fill(shape, band.pixels, sweeps.means + band.pixels.begin);
+          memory.maps[1].fill(shape, band.pixels, sweeps.maxima + band.pixels.begin);
+        }
+      });
+  if (maps.dlogits == nullptr) {
+    add_all_tiles(shape, memory.gate_dots.tiles, memory.gate_dots.sums);
+  } else {
+    std::copy_n(maps.dca, shape.c, memory.gate_dots.sums);
+  }
+  add_bands(shape, sweeps);
+}
+
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void tile_pixel_grads(const Shape& shape, Tile tile, const SampleMaps<S>& maps,
+                                       const SweepMemory<A>& sweeps, A* dlogits) {
+  const PixelResults<A> pixel{sweeps.means + tile.begin, sweeps.maxima + tile.begin,
+                              sweeps.argmaxima + tile.begin};
+  Sweeps::pixel_grads(shape, tile, maps.x, maps.g, dlogits, pixel);
+  settle_stats<Sweeps>(shape, tile, maps.x, sweeps.ca, pixel.sums, pixel.maxima, pixel.argmaxima);
+  through_sigmoid(tile, maps.sa, dlogits);
+}
+
+// The same for a spatial gate alone: nothing goes on to an MLP.
+template <class S, class Sweeps, class A>
+inline void sweep_pixels(const SampleMaps<S>& maps, const Weights<A>& weights, bool conv_grads,
+                         const Sample<S>& sample, const BackwardMemory<A>& memory) {
+  const Shape& shape = sample.shape;
+  each_tile_and_band(
+      shape, sample.parallel,
+      [&](int64_t t) {
+        const Tile tile(shape, t);
+        A dlogits[Shape::kMaxTile];
+        tile_pixel_grads<Sweeps>(shape, tile, maps, memory.sweeps, dlogits);
+        memory.dlogits.fill(shape, tile, dlogits);
+        if (conv_grads) {
+          memory.maps[0].fill(shape, tile, memory.sweeps.means + tile.begin);
+          memory.maps[1].fill(shape, tile, memory.sweeps.maxima + tile.begin);
+        }
+      },
+      [&](int64_t t) { transposed_convolution(shape, Band(shape, t), weights, memory); });
+}
+
+template <class Sweeps, class S, class A>
+[[gnu::flatten]] void band_channel_grads(const Shape& shape, int64_t t, const SampleMaps<S>& maps,
+                                         const SweepMemory<A>& sweeps) {
+  const int64_t at = t * shape.padded_c;
+  const ChannelResults<A> channel{sweeps.pools.tile_sums + at, sweeps.pools.tile_maxima + at,
+                                  sweeps.tile_argmaxima + at, sweeps.tile_dots + at};
+  Sweeps::channel_grads(shape, Band(shape, t).pixels, maps.x, maps.g, channel);
+}
+
+// The same for a channel gate alone: nothing comes from pixels.
+template <class S, class Sweeps, class A>
+inline void sweep_channels(const SampleMaps<S>& maps, const Sample<S>& sample,
+                           const BackwardMemory<A>& memory) {
+  const Shape& shape = sample.shape;
+  const SweepMemory<A>& sweeps = memory.sweeps;
+  for (A* ds : sweeps.ds) std::fill_n(ds, shape.pixels, A{0});
+  std::fill_n(sweeps.argmaxima, shape.pixels, Int<A>{0});
+  for_each_unit(sample.parallel, shape.tiles, [&](int64_t t) {
+    if (maps.dca == nullptr) return band_channel_grads<Sweeps>(shape, t, maps, sweeps);
+    band_stats<Sweeps>(shape, t, maps.x, sweeps);
+  });
+  add_all_tiles(shape, sweeps.tile_dots, sweeps.dots);
+  std::fill_n(sweeps.shares, shape.c, A{0});
+  if (maps.dca == nullptr) {
+    std::fill_n(memory.gate_dots.sums, shape.c, A{0});
+  } else {
+    std::copy_n(maps.dca, shape.c, memory.gate_dots.sums);
+  }
+}
+
+// From the sums to the gradients of the pooled maps: the MLP.
+template <class S, class Sweeps, class A>
+inline void sample_mlp_grads(const SampleMaps<S>& maps, const Shape& shape,
+                             const Weights<A>& weights, const BackwardMemory<A>& memory,
+                             const MlpGrads<A>& mlp) {
+  const SweepMemory<A>& sweeps = memory.sweeps;
+  const A* ca = sweeps.ca;
+  settle_pools<Sweeps>(shape, maps.x, sweeps.pools);
+  mlp_hidden_units(shape, weights, sweeps.pools.average, sweeps.pools.maximum, memory.hidden_units);
+  for (int64_t c = 0; c < shape.c; ++c) {
+    // The shares have u where the others have x: a factor of ca already.
+    mlp.dz[c] =
+        (1 - ca[c]) * (ca[c] * (memory.gate_dots.sums[c] + sweeps.dots[c]) + sweeps.shares[c]);
+  }
+  std::copy_n(sweeps.pools.average, shape.padded_c, mlp.average);
+  std::copy_n(sweeps.pools.maximum, shape.padded_c, mlp.maximum);
+  mlp_backward(shape, weights, memory.hidden_units, mlp, memory.daverage, memory.dmaximum);
+}
+
 // `mlp` is where the gradients of the sample's MLP are kept; `conv_grads` those of the convolution,
 // [2, k, k] and the bias, or null.
 template <class S, class Sweeps, class A>
@@ -166,41 +317,18 @@ inline void backward_sample(const BackwardArgs& args, const Weights<A>& weights,
                             const Sample<S>& sample, const BackwardMemory<A>& memory,
                             const MlpGrads<A>& mlp, double* conv_grads) {
   const Shape& shape = sample.shape;
+  const bool has_channel_gate = args.parameters.have_channel_gate();
   const SweepMemory<A>& sweeps = memory.sweeps;
-  const S* x = sample.features(args.input);
-  const S* g = sample.features(args.grad_output);
-  const A* sa = sample.values(args.spatial_gate, shape.pixels);
-  const A* given_dlogits = sample.values(args.grad_logits, shape.pixels);
-  const A* ca = sweeps.ca;
-  std::copy_n(sample.values(args.channel_gate, shape.c), shape.c, sweeps.ca);
+  const SampleMaps<S> maps(args, sample);
+  std::copy_n(maps.ca, shape.c, sweeps.ca);
 
-  each_tile_and_band(
-      shape, sample.parallel,
-      [&](int64_t t) {
-        const Tile tile(shape, t);
-        if (given_dlogits != nullptr) {
-          return memory.dlogits.fill(shape, tile, given_dlogits + tile.begin);
-        }
-        A dlogits[Shape::kMaxTile];
-        tile_gate_grads<S, Sweeps>(shape, t, x, g, ca, sa, memory.gate_dots, dlogits);
-        memory.dlogits.fill(shape, tile, dlogits);
-      },
-      [&](int64_t t) {
-        const Band band(shape, t);
-        const Bordered<A> dlogits[1] = {memory.dlogits};
-        convolve_rows<1, 2>(shape, band.first_row, band.last_row, dlogits, weights.conv_flipped,
-                            [&](int64_t pixel, auto part, const Vec<A>* sums) {
-                              store(sweeps.ds[0] + pixel, sums[0] / static_cast<A>(shape.c), part);
-                              store(sweeps.ds[1] + pixel, sums[1], part);
-                            });
-        band_stats<Sweeps>(shape, t, x, sweeps);
-        band_shares(shape, t, sweeps, [&](int64_t p) { return sweeps.maxima[p]; });
-        if (args.conv_grads) {
-          memory.maps[0].fill(shape, band.pixels, sweeps.means + band.pixels.begin);
-          memory.maps[1].fill(shape, band.pixels, sweeps.maxima + band.pixels.begin);
-        }
-      });
-
+  if (!args.parameters.have_spatial_gate()) {
+    sweep_channels<S, Sweeps>(maps, sample, memory);
+  } else if (has_channel_gate || maps.dlogits != nullptr) {
+    sweep_both<S, Sweeps>(maps, weights, args.conv_grads, sample, memory);
+  } else {
+    sweep_pixels<S, Sweeps>(maps, weights, args.conv_grads, sample, memory);
+  }
   if (args.conv_grads) {
     for_each_unit(sample.parallel, count_weight_grad_units(shape), [&](int64_t unit) {
       convolution_weight_grads(shape, unit, memory.dlogits, memory.maps, conv_grads);
@@ -211,26 +339,20 @@ inline void backward_sample(const BackwardArgs& args, const Weights<A>& weights,
   }
   if (!args.mlp_grads && args.grad_input == nullptr) return;
 
-  settle_pools<Sweeps>(shape, x, sweeps.pools);
-  mlp_hidden_units(shape, weights, sweeps.pools.average, sweeps.pools.maximum, memory.hidden_units);
-  const A* dca = memory.gate_dots.sums;
-  if (given_dlogits == nullptr) {
-    add_all_tiles(shape, memory.gate_dots.tiles, memory.gate_dots.sums);
+  if (has_channel_gate) {
+    sample_mlp_grads<S, Sweeps>(maps, shape, weights, memory, mlp);
   } else {
-    dca = sample.values(args.grad_channel_gate, shape.c);
+    std::fill_n(memory.daverage, shape.c, A{0});
   }
-  add_bands(shape, sweeps);
-  for (int64_t c = 0; c < shape.c; ++c) {
-    // The shares have u where the others have x: a factor of ca already.
-    mlp.dz[c] = (1 - ca[c]) * (ca[c] * (dca[c] + sweeps.dots[c]) + sweeps.shares[c]);
-  }
-  std::copy_n(sweeps.pools.average, shape.padded_c, mlp.average);
-  std::copy_n(sweeps.pools.maximum, shape.padded_c, mlp.maximum);
-  mlp_backward(shape, weights, memory.hidden_units, mlp, memory.daverage, memory.dmaximum);
   if (args.grad_input == nullptr) return;
 
-  for (int64_t c = 0; c < shape.c; ++c) memory.daverage[c] /= static_cast<A>(shape.pixels);
-  sample_input_grad<Sweeps>(sample, x, g, sa, sweeps, memory.daverage, memory.dmaximum,
+  if (has_channel_gate) {
+    find_channel_argmaxima<S, Sweeps>(shape, maps.x, sweeps);
+    for (int64_t c = 0; c < shape.c; ++c) memory.daverage[c] /= static_cast<A>(shape.pixels);
+  } else {
+    std::fill_n(sweeps.channel_argmaxima, shape.c, kNoPixel);
+  }
+  sample_input_grad<Sweeps>(sample, maps.g, maps.sa, sweeps, memory.daverage, memory.dmaximum,
                             sample.features(args.grad_input));
 }
 
@@ -326,7 +448,8 @@ void pool_backward(const PoolBackwardArgs& args) {
     for (int64_t c = 0; c < shape.c; ++c) {
       memory.daverage[c] = dpooled[c] / static_cast<A>(shape.pixels);
     }
-    sample_input_grad<Sweeps>(sample, x, sample.features(args.grad_output),
+    find_channel_argmaxima<S, Sweeps>(shape, x, sweeps);
+    sample_input_grad<Sweeps>(sample, sample.features(args.grad_output),
                               sample.values(args.spatial_gate, shape.pixels), sweeps,
                               memory.daverage, dpooled + shape.c, sample.features(args.grad_input));
   });

@@ -8,6 +8,9 @@
 // The last three go tile by tile: as soon as the statistics of a tile and of the rows around it are
 // there, its gate is computed and applied, before its pixels leave the cache (Band in tiles.h).
 //
+// A gate that is not there is one everywhere, and what leads to it is left out: without the channel
+// gate the first line, without the spatial gate the two after it.
+//
 // Where PyTorch runs the layers, three operators do what is around them: pool and channel stats are
 // the first two lines, apply the last one behind a sigmoid.
 //
@@ -160,10 +163,14 @@ void forward(const ForwardArgs& args) {
   using Memory = ForwardMemory<A>;
   each_sample<S, Memory>(shape, [&](const Sample<S>& sample, const Memory& memory) {
     const S* x = sample.features(args.input);
-    pool_sample<Sweeps>(shape, sample.parallel, x, memory.pools);
-    mlp_hidden_units(shape, weights, memory.pools.average, memory.pools.maximum,
-                     memory.hidden_units);
-    mlp_gate(shape, weights, memory.hidden_units, memory.ca);
+    if (args.parameters.have_channel_gate()) {
+      pool_sample<Sweeps>(shape, sample.parallel, x, memory.pools);
+      mlp_hidden_units(shape, weights, memory.pools.average, memory.pools.maximum,
+                       memory.hidden_units);
+      mlp_gate(shape, weights, memory.hidden_units, memory.ca);
+    } else {
+      std::fill_n(memory.ca, shape.c, A{1});
+    }
     if (args.channel_gate != nullptr) {
       std::copy_n(memory.ca, shape.c, sample.values(args.channel_gate, shape.c));
     }
@@ -173,6 +180,15 @@ void forward(const ForwardArgs& args) {
     A* wanted_sa = sample.values(args.spatial_gate, shape.pixels);
     A* sa = wanted_sa == nullptr ? memory.sa : wanted_sa;
     S* y = sample.features(args.output);
+    if (!args.parameters.have_spatial_gate()) {
+      if (logits != nullptr) std::fill_n(logits, shape.pixels, kInfinity<A>);
+      std::fill_n(sa, shape.pixels, A{1});
+      if (y == nullptr) return;
+      for_each_unit(sample.parallel, shape.tiles, [&](int64_t t) {
+        tile_apply<Sweeps>(shape, Tile(shape, t), x, memory.ca, sa, y);
+      });
+      return;
+    }
     const A bias = weights.conv_bias[0];
     each_tile_and_band(
         shape, sample.parallel,

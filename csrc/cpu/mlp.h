@@ -23,23 +23,10 @@ struct Weights {
         conv_flipped(arena.take<A>(2 * shape.kernel * shape.kernel)),
         conv_bias(arena.zeros<A>(1)) {}
 
-  // Absent biases stay zero.
+  // Absent biases stay zero; of a gate that is absent nothing is read.
   void pack_from(const Parameters& from, const Shape& shape) const {
-    const int64_t taps = shape.kernel * shape.kernel;
-    pack(from.fc1_weight, shape.padded_c, fc1);
-    if (has_plain_rows<A>(from.fc2_weight)) {
-      transpose(shape.c, shape.hidden, static_cast<const A*>(from.fc2_weight.data), shape.hidden,
-                fc2, shape.padded_c);
-    } else {
-      pack(transposed(from.fc2_weight), shape.padded_c, fc2);
-    }
-    pack(from.conv_weight, shape.kernel, conv);
-    if (from.fc1_bias.data != nullptr) pack(from.fc1_bias, 0, fc1_bias);
-    if (from.fc2_bias.data != nullptr) pack(from.fc2_bias, 0, fc2_bias);
-    if (from.conv_bias.data != nullptr) pack(from.conv_bias, 0, conv_bias);
-    for (int map = 0; map < 2; ++map) {
-      std::reverse_copy(conv + map * taps, conv + (map + 1) * taps, conv_flipped + map * taps);
-    }
+    if (from.have_channel_gate()) pack_mlp(from, shape);
+    if (from.have_spatial_gate()) pack_convolution(from, shape);
   }
 
   A* fc1;           // [R, padded C]
@@ -49,6 +36,27 @@ struct Weights {
   A* conv;          // [2, k, k]
   A* conv_flipped;  // [2, k, k], each map turned by half a turn
   A* conv_bias;     // [1]
+
+ private:
+  void pack_mlp(const Parameters& from, const Shape& shape) const {
+    pack(from.fc1_weight, shape.padded_c, fc1);
+    if (has_plain_rows<A>(from.fc2_weight)) {
+      transpose(shape.c, shape.hidden, static_cast<const A*>(from.fc2_weight.data), shape.hidden,
+                fc2, shape.padded_c);
+    } else {
+      pack(transposed(from.fc2_weight), shape.padded_c, fc2);
+    }
+    if (from.fc1_bias.data != nullptr) pack(from.fc1_bias, 0, fc1_bias);
+    if (from.fc2_bias.data != nullptr) pack(from.fc2_bias, 0, fc2_bias);
+  }
+  void pack_convolution(const Parameters& from, const Shape& shape) const {
+    const int64_t taps = shape.kernel * shape.kernel;
+    pack(from.conv_weight, shape.kernel, conv);
+    if (from.conv_bias.data != nullptr) pack(from.conv_bias, 0, conv_bias);
+    for (int map = 0; map < 2; ++map) {
+      std::reverse_copy(conv + map * taps, conv + (map + 1) * taps, conv_flipped + map * taps);
+    }
+  }
 };
 
 // sums[r][k] = sum_c matrix[r][c] * vectors[k][c] for `rows` rows of padded C elements. Several

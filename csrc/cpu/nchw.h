@@ -153,6 +153,67 @@ struct Nchw {
     });
   }
 
+  // Where the channel gate stands alone: pool with the pixel of the maximum, and sum_p g x.
+  static void channel_grads(const Shape& shape, Tile tile, const S* x, const S* g,
+                            ChannelResults<A> channel) {
+    each_group(shape.c, [&](auto group, int64_t c) {
+      constexpr int G = decltype(group)::value;
+      const int64_t rows = offset(shape, c, tile.begin);
+      Vec<A> sum[G], maximum[G], dot[G];
+      for (int k = 0; k < G; ++k) {
+        sum[k] = dot[k] = Vec<A>{};
+        maximum[k] = broadcast(-kInfinity<A>);
+      }
+      each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+        for (int k = 0; k < G; ++k) {
+          const int64_t at = rows + k * shape.pixels + i;
+          const Vec<A> v = load(x + at, part);
+          sum[k] += v;
+          maximum[k] = max(fill_absent(v, part, -kInfinity<A>), maximum[k]);
+          dot[k] += load(g + at, part) * v;
+        }
+      });
+      const auto sums = reduce_lanes<Add, G>(sum), dots = reduce_lanes<Add, G>(dot);
+      const auto maxima = reduce_lanes<Max, G>(maximum);
+      for (int k = 0; k < G; ++k) {
+        channel.sums[c + k] = sums[k];
+        channel.maxima[c + k] = maxima[k];
+        channel.dots[c + k] = dots[k];
+      }
+    });
+  }
+
+  // Where the spatial gate stands alone, and u is x: channel_stats with the channel of the maximum,
+  // and sum_c g x.
+  static void pixel_grads(const Shape& shape, Tile tile, const S* x, const S* g, A* grads,
+                          PixelResults<A> pixel) {
+    std::fill_n(grads, tile.size(), A{0});
+    std::fill_n(pixel.sums, tile.size(), A{0});
+    std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);
+    std::fill_n(pixel.argmaxima, tile.size(), Int<A>{0});
+    each_group(shape.c, [&](auto group, int64_t c) {
+      constexpr int G = decltype(group)::value;
+      const int64_t rows = offset(shape, c, tile.begin);
+      each_vector<A>(tile.size(), [&](int64_t i, auto part) {
+        Vec<A> grad = Vec<A>{}, sum = Vec<A>{}, maximum = load(pixel.maxima + i);
+        IntVec<A> argmax = load_index<A>(pixel.argmaxima + i);
+        for (int k = 0; k < G; ++k) {
+          const int64_t at = rows + k * shape.pixels + i;
+          const Vec<A> v = load(x + at, part);
+          const IntVec<A> higher = v > maximum;  // strictly: the first of equals stays
+          grad += load(g + at, part) * v;
+          sum += v;
+          maximum = higher ? v : maximum;
+          argmax = higher ? broadcast_index<A>(c + k) : argmax;
+        }
+        store(grads + i, load(grads + i) + grad);
+        store(pixel.sums + i, load(pixel.sums + i) + sum);
+        store(pixel.maxima + i, maximum);
+        store_index<A>(pixel.argmaxima + i, argmax);
+      });
+    });
+  }
+
   // The first pixel of the tile where channel c of x is `maximum`.
   static int64_t find_argmax(const Shape& shape, Tile tile, const S* x, int64_t c, A maximum,
                              const Int<A>* /*argmaxima*/) {

@@ -174,6 +174,95 @@ struct Nhwc {
     });
   }
 
+  static void channel_grads(const Shape& shape, Tile tile, const S* x, const S* g,
+                            ChannelResults<A> channel) {
+    constexpr int kColumns = 2;          // vectors of channels held in registers
+    constexpr int64_t kPixelBlock = 64;  // as in pool
+    std::fill_n(channel.sums, shape.padded_c, A{0});
+    std::fill_n(channel.dots, shape.padded_c, A{0});
+    std::fill_n(channel.maxima, shape.padded_c, -kInfinity<A>);
+    std::fill_n(channel.argmaxima, shape.padded_c, Int<A>{0});
+    const auto column_sums = [&](auto columns, int64_t c, int64_t begin, int64_t end, auto part) {
+      constexpr int K = decltype(columns)::value;
+      Vec<A> sum[K], dot[K], maximum[K];
+      IntVec<A> argmax[K];
+      for (int k = 0; k < K; ++k) {
+        sum[k] = dot[k] = Vec<A>{};
+        maximum[k] = load(channel.maxima + c + k * kLanes<A>);
+        argmax[k] = load_index<A>(channel.argmaxima + c + k * kLanes<A>);
+      }
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t row = offset(shape, c, p);
+        const IntVec<A> pixel = broadcast_index<A>(p - tile.begin);
+        for (int k = 0; k < K; ++k) {
+          const Vec<A> v = load(x + row + k * kLanes<A>, part);
+          const IntVec<A> higher = v > maximum[k];  // strictly: the first of equals stays
+          sum[k] += v;
+          dot[k] += load(g + row + k * kLanes<A>, part) * v;
+          maximum[k] = higher ? v : maximum[k];
+          argmax[k] = higher ? pixel : argmax[k];
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        const int64_t at = c + k * kLanes<A>;
+        store(channel.sums + at, load(channel.sums + at) + sum[k]);
+        store(channel.dots + at, load(channel.dots + at) + dot[k]);
+        store(channel.maxima + at, maximum[k]);
+        store_index<A>(channel.argmaxima + at, argmax[k]);
+      }
+    };
+    for (int64_t begin = tile.begin; begin < tile.end; begin += kPixelBlock) {
+      const int64_t end = std::min(begin + kPixelBlock, tile.end);
+      int64_t c = 0;
+      for (; c + kColumns * kLanes<A> <= shape.c; c += kColumns * kLanes<A>) {
+        column_sums(std::integral_constant<int, kColumns>{}, c, begin, end, Full{});
+      }
+      each_vector<A>(shape.c - c, [&](int64_t i, auto part) {
+        column_sums(std::integral_constant<int, 1>{}, c + i, begin, end, part);
+      });
+    }
+  }
+
+  static void pixel_grads(const Shape& shape, Tile tile, const S* x, const S* g, A* grads,
+                          PixelResults<A> pixel) {
+    each_group<kSmallGroup>(tile, [&](auto group, int64_t p) {
+      constexpr int G = decltype(group)::value;
+      const int64_t rows = offset(shape, 0, p);
+      Vec<A> grad[G], sum[G], maximum[G];
+      IntVec<A> argmax[G];
+      for (int k = 0; k < G; ++k) {
+        grad[k] = sum[k] = Vec<A>{};
+        maximum[k] = broadcast(-kInfinity<A>);
+        argmax[k] = iota<A>();
+      }
+      each_vector<A>(shape.c, [&](int64_t c, auto part) {
+        const IntVec<A> channels = iota<A>() + static_cast<Int<A>>(c);
+        for (int k = 0; k < G; ++k) {
+          const int64_t at = rows + k * shape.c + c;
+          const Vec<A> v = load(x + at, part), filled = fill_absent(v, part, -kInfinity<A>);
+          const IntVec<A> higher = filled > maximum[k];
+          grad[k] += load(g + at, part) * v;
+          sum[k] += v;
+          maximum[k] = higher ? filled : maximum[k];
+          argmax[k] = higher ? channels : argmax[k];
+        }
+      });
+      const auto grad_total = reduce_lanes<Add, G>(grad), total = reduce_lanes<Add, G>(sum);
+      const auto highest = reduce_lanes<Max, G>(maximum);
+      for (int k = 0; k < G; ++k) {
+        // Of the lanes that hold the maximum, the lowest channel.
+        argmax[k] = maximum[k] == highest[k] ? argmax[k] : broadcast_index<A>(shape.c);
+      }
+      const auto first = reduce_lanes<Min, G>(argmax);
+      for (int k = 0; k < G; ++k) {
+        grads[p - tile.begin + k] = grad_total[k];
+        pixel.sums[p - tile.begin + k] = total[k];
+        pixel.maxima[p - tile.begin + k] = highest[k];
+        pixel.argmaxima[p - tile.begin + k] = first[k];
+      }
+    });
+  }
+
   static int64_t find_argmax(const Shape&, Tile tile, const S*, int64_t c, A /*maximum*/,
                              const Int<A>* argmaxima) {
     return tile.begin + argmaxima[c];

@@ -20,6 +20,10 @@
 // (mlp_grads.cuh), and they are one launch where that is one block for a sample. Blocks of one
 // launch never wait for each other. Grids: plan.cpp.
 //
+// Where a gate stands alone, launches that lead to the other are left out. A channel gate takes one
+// sweep that reads x and g (PoolGrads) in the place of 1 and 3, and a small launch in that of 2. A
+// spatial gate goes from 2 to 6, with a small launch in the place of 4 and 5.
+//
 // Where a norm stands between the phases of forward, the gradient of the second phase is an
 // operator of its own (apply_backward.cu), and launch 1 then reads x alone.
 //
@@ -31,6 +35,7 @@
 //   PoolBackwardArgs           reads x twice, g; writes dx goes on with launch 6
 
 #include "call.cuh"
+#include "fill.cuh"
 #include "map_grads.cuh"
 #include "mlp_grads.cuh"
 #include "parameter_grads.cuh"
@@ -112,7 +117,8 @@ class Sweeps {
                                        memory_.argmaxima});
   }
 
-  // In the place of launch 2; sa may be null where no gradient of x is taken.
+  // In the place of launch 2; sa may be null where no gradient of x is taken, grad_stats where
+  // there is no spatial gate.
   void launch_pixel_grads(const A* grad_stats, const A* sa) const {
     const Problem& p = chunk_.problem;
     PixelGrads<A> grads{};
@@ -132,6 +138,19 @@ class Sweeps {
   void launch_pool() const {
     chunk_.sweep(BackwardPool<S>{chunk_.shape(x_), memory_.pixel_grads, memory_.pool_sums,
                                  memory_.pool_maxima, memory_.pool_argmaxima, memory_.pool_dots});
+  }
+
+  // In the place of launches 1 and 3 where there is no spatial gate.
+  void launch_pool_grads(const S* g) const {
+    chunk_.sweep(PoolGrads<S>{chunk_.shape(x_, g), memory_.pool_sums, memory_.pool_maxima,
+                              memory_.pool_argmaxima, memory_.pool_dots});
+  }
+
+  // In the place of launches 4 and 5 where there is no channel gate.
+  void launch_no_channel_grads() const {
+    static_assert(sizeof(ChannelGrad<A>) % sizeof(A) == 0, "zero in all of its parts");
+    const int64_t count = chunk_.samples * chunk_.problem.c * (sizeof(ChannelGrad<A>) / sizeof(A));
+    launch_fill(chunk_.launcher, reinterpret_cast<A*>(memory_.channel_grads), count, A{0});
   }
 
   // What launch 4 needs beside the parameters.
@@ -207,7 +226,7 @@ void launch_mlp(const Chunk<S, layout, W>& chunk, const Sweeps<S, layout, W>& sw
   if (args.grad_channel_gate != nullptr) {
     hidden.gate_grads = chunk.values(args.grad_channel_gate, p.c);
     hidden.gate_spans = 1;
-  } else {
+  } else if (args.parameters.have_spatial_gate()) {
     hidden.gate_grads = memory.gate_dots;
     hidden.gate_spans = static_cast<int>(plan.sweep.pixel_spans);
   }
@@ -276,20 +295,31 @@ template <class S, Layout layout, int W>
 void backward(const BackwardArgs& args, const Call<S, layout, W, BackwardMemory>& call) {
   const int64_t pixels = call.problem.pixels();
   const auto& memory = call.memory;
-  const bool sweeps_again = args.mlp_grads || args.grad_input != nullptr;
+  const bool goes_on = args.mlp_grads || args.grad_input != nullptr;
+  const bool has_channel_gate = args.parameters.have_channel_gate();
+  const bool has_spatial_gate = args.parameters.have_spatial_gate();
+  const bool is_given = args.grad_logits != nullptr;  // what reaches the gates
   call.each_chunk([&](const auto& chunk) {
     const Sweeps sweeps(chunk, memory.sweeps, args.input, args.channel_gate);
     const auto* const g = chunk.features(args.grad_output);
-    if (args.grad_logits == nullptr) {
-      sweeps.launch_gate_grads(g, chunk.values(args.spatial_gate, pixels), memory.gate_grads,
-                               memory.gate_dots);
-    } else {
+    const auto* const sa = chunk.values(args.spatial_gate, pixels);
+    if (!has_spatial_gate) {
+      sweeps.launch_pixel_grads(nullptr, sa);
+    } else if (is_given) {
       sweeps.launch_stats();
+    } else {
+      sweeps.launch_gate_grads(g, sa, memory.gate_grads, memory.gate_dots);
     }
-    launch_map_grads(chunk, args, memory, sweeps_again);
-    if (sweeps_again) {
-      sweeps.launch_pool();
+    if (has_spatial_gate) launch_map_grads(chunk, args, memory, goes_on);
+    if (has_channel_gate && goes_on) {
+      if (has_spatial_gate || is_given) {
+        sweeps.launch_pool();
+      } else {
+        sweeps.launch_pool_grads(g);
+      }
       launch_mlp(chunk, sweeps, args, memory);
+    } else if (args.grad_input != nullptr) {
+      sweeps.launch_no_channel_grads();
     }
     if (args.grad_input != nullptr) sweeps.launch_input_grad(g, chunk.features(args.grad_input));
   });

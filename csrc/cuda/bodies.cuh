@@ -6,6 +6,7 @@
 //   GateGrads       x, g   per pixel    sum_c g u, and ChannelStats          (backward, launch 1)
 //                          per channel  sum_p g sa x
 //   BackwardPool    x      per channel  Pool, and sum_p x (gradient of s)    (backward, launch 3)
+//   PoolGrads       x, g   per channel  Pool, and sum_p g x                  (channel gate alone)
 //   InputGrad       g      dx                                                (backward, launch 6)
 //
 // Pointers lead to the first sample of a chunk. Maps per pixel are [chunk, channel spans, P], maps
@@ -242,6 +243,39 @@ struct BackwardPool : Body<S> {
                      Nothing&, Channel& of_channel) const {
     of_channel.sums[0] += x;
     of_channel.sums[1] += x * factor.grad_at(channel);
+    of_channel.take(x, pixel);
+    return x;
+  }
+  __device__ void store_channel(const Place& at, int channel, const Channel& total) const {
+    const int64_t to = this->partial_channel_at(at, channel);
+    store(sums + to, total.sums[0]);
+    store(maxima + to, total.value);
+    store(argmaxima + to, total.index);
+    store(dots + to, total.sums[1]);
+  }
+};
+
+// Where no spatial gate is behind it, in the place of GateGrads and BackwardPool.
+template <class S>
+struct PoolGrads : Body<S> {
+  using A = Acc<S>;
+  using Channel = Totals<A, 2, Argmax<A>>;
+  static constexpr int kInputs = 2;
+  template <Layout>
+  static constexpr int kRowsDown = sizeof(S) == 4 ? 2 : 1;
+  static constexpr int kRowsAlong = 1;
+  static constexpr bool kEarly = false;
+
+  A* sums;  // as in BackwardPool
+  A* maxima;
+  int* argmaxima;
+  A* dots;  // sum_p g x
+
+  __device__ Channel start_channel(int first) const { return Channel::from(first); }
+  __device__ A visit(A x, A g, int pixel, int, const Nothing&, const Nothing&, Nothing&,
+                     Channel& of_channel) const {
+    of_channel.sums[0] += x;
+    of_channel.sums[1] += g * x;
     of_channel.take(x, pixel);
     return x;
   }

@@ -121,7 +121,7 @@ struct PixelGrads {
   const int* argmaxima;
   int64_t spans;
   const A* sa;                // [chunk, P], or null where nobody asks for it
-  const A* grad_stats;        // [chunk, 2, P]
+  const A* grad_stats;        // [chunk, 2, P], or null: no statistics, and nothing comes from them
   PixelGrad<A>* pixel_grads;  // [chunk, P]
 };
 
@@ -131,9 +131,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<A>)
   wait_for_previous_launches();
   const int64_t pixels = args.height * args.width;
   each_in_grid(args.samples * pixels, [&](int64_t i) {
+    const A gate = args.sa == nullptr ? A{0} : load(args.sa + i);
+    if (args.grad_stats == nullptr) {
+      store_struct(args.pixel_grads + i, PixelGrad<A>{gate, 0, 0, kNoIndex});
+      return;
+    }
     const int64_t sample = i / pixels, pixel = i - sample * pixels;
     const A* const ds = args.grad_stats + 2 * sample * pixels + pixel;
-    const A gate = args.sa == nullptr ? A{0} : load(args.sa + i);
     const A ds0 = load(ds), ds1 = load(ds + pixels);
     const auto highest = join_spans<Argmax<A>>(
         args.spans, [&](int span) { return load_argmax<A>(args, sample, span, pixel); });

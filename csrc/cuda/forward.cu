@@ -14,12 +14,18 @@
 // (mlp.cuh), and are one where that is one block for a sample; 5 has one for each tile of pixels
 // (spatial_gate.cuh). Blocks of one launch never wait for each other. Grids: plan.cpp.
 //
+// A gate that is not there is one everywhere: without the channel gate a small launch that fills
+// its map stands in the place of 1 to 3, without the spatial gate in that of 4 and 5.
+//
 // Where PyTorch runs the layers, three operators do what is around them. PoolArgs: launches 1 and
 // 2, without the weights. ChannelStatsArgs: launch 4, and a small one that adds up the spans of
 // channels (channel_stats.cuh). ApplyArgs: launch 6, behind a small one that makes gates of logits.
 
+#include <limits>
+
 #include "call.cuh"
 #include "channel_stats.cuh"
+#include "fill.cuh"
 #include "mlp.cuh"
 #include "spatial_gate.cuh"
 
@@ -184,19 +190,31 @@ void forward(const ForwardArgs& args, const Call<S, layout, W, ForwardMemory>& c
     A* const wanted_ca = chunk.values(args.channel_gate, p.c);
     A* const ca = wanted_ca == nullptr ? memory.ca : wanted_ca;
 
-    launch_pool(chunk, x, memory.pool);
-    launch_mlp(chunk, args.parameters, memory, ca);
-    launch_stats(chunk, x, ca, memory.stats);
+    if (args.parameters.have_channel_gate()) {
+      launch_pool(chunk, x, memory.pool);
+      launch_mlp(chunk, args.parameters, memory, ca);
+    } else {
+      launch_fill(chunk.launcher, ca, chunk.samples * p.c, A{1});
+    }
 
     A* const wanted_sa = chunk.values(args.spatial_gate, p.pixels());
     S* const y = chunk.features(args.output);
     A* const sa = wanted_sa == nullptr && y != nullptr ? memory.sa : wanted_sa;
-    SpatialGate<S> gate{};
-    gate.conv_weight = args.parameters.conv_weight;
-    gate.conv_bias = args.parameters.conv_bias;
-    gate.sa = sa;
-    gate.logits = chunk.values(args.logits, p.pixels());
-    launch_spatial_gate(chunk, memory.stats, gate);
+    A* const logits = chunk.values(args.logits, p.pixels());
+    if (args.parameters.have_spatial_gate()) {
+      launch_stats(chunk, x, ca, memory.stats);
+      SpatialGate<S> gate{};
+      gate.conv_weight = args.parameters.conv_weight;
+      gate.conv_bias = args.parameters.conv_bias;
+      gate.sa = sa;
+      gate.logits = logits;
+      launch_spatial_gate(chunk, memory.stats, gate);
+    } else {
+      const int64_t count = chunk.samples * p.pixels();
+      if (sa != nullptr) launch_fill(chunk.launcher, sa, count, A{1});
+      if (logits != nullptr)
+        launch_fill(chunk.launcher, logits, count, std::numeric_limits<A>::infinity());
+    }
 
     if (y != nullptr) launch_apply(chunk, x, ca, sa, y);
   });

@@ -104,7 +104,7 @@ __device__ void go_along_rows(const Body& body, const Sweep& sweep, const Place&
   using S = typename In::S;
   using Row = typename In::Row;
   using ColumnFactor = typename In::ColumnFactor;
-  static_assert(std::is_same_v<typename In::RowFactor, Nothing> && Body::kInputs == 1,
+  static_assert(std::is_same_v<typename In::RowFactor, Nothing>,
                 "no body that goes along the rows has these");
   constexpr bool kStages = !std::is_same_v<ColumnFactor, Nothing>;
   constexpr int U = Body::kRowsAlong, P = Body::kPieces;
@@ -118,7 +118,7 @@ __device__ void go_along_rows(const Body& body, const Sweep& sweep, const Place&
       shared_memory<ColumnFactor>(kPlaceBytes + row_total_bytes<Row>(sweep));
 
   // Where there are no more rows, what is left in these is added to totals that nobody keeps.
-  Packed<S, W> x[U][P] = {};
+  Packed<S, W> x[U][P] = {}, g[U][P] = {};
   const auto load = [&](const S* from, int rows_left, int columns_left) {
 #pragma unroll
     for (int u = 0; u < U; ++u, from += team.row_step) {
@@ -127,6 +127,9 @@ __device__ void go_along_rows(const Body& body, const Sweep& sweep, const Place&
       for (int j = 0; j < P; ++j, piece += step) {
         if (u * team.groups < rows_left && j * step < columns_left) {
           x[u][j] = load_packed<S, W, Body::kUse>(piece);
+          if constexpr (Body::kInputs == 2) {
+            g[u][j] = load_packed<S, W, Body::kUse>(body.g + (piece - body.x));
+          }
         }
       }
     }
@@ -172,13 +175,14 @@ __device__ void go_along_rows(const Body& body, const Sweep& sweep, const Place&
           const int origin = In::first_column(at) + first;
 #pragma unroll
           for (int u = 0; u < U; ++u) {
-            A values[W];
+            A values[W], others[W] = {};
             unpack<S, W>(x[u][j], values);
+            if constexpr (Body::kInputs == 2) unpack<S, W>(g[u][j], others);
             of_rows[u].move_index(-origin);
 #pragma unroll
             for (int i = 0; i < W; ++i) {
               typename In::Column of_column;
-              In::visit(body, at, values[i], A{0}, row + u * team.groups, i,
+              In::visit(body, at, values[i], others[i], row + u * team.groups, i,
                         typename In::RowFactor{}, factors[i], of_rows[u], of_column);
             }
             of_rows[u].move_index(origin);

@@ -91,6 +91,22 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
                   shape_of(tensor));
 }
 
+// Which gates there are: one of them at least, and of each all weights or none.
+void check_gates(const ParameterTensors& p) {
+  const bool channel = p.fc1_weight.has_value(), spatial = p.conv_weight.has_value();
+  STD_TORCH_CHECK(
+      p.fc2_weight.has_value() == channel,
+      "fc1_weight and fc2_weight must be given together, or both be None for no channel "
+      "gate");
+  STD_TORCH_CHECK(channel || (!p.fc1_bias.has_value() && !p.fc2_bias.has_value()),
+                  "fc1_bias and fc2_bias must be None where fc1_weight and fc2_weight are");
+  STD_TORCH_CHECK(spatial || !p.conv_bias.has_value(),
+                  "conv_bias must be None where conv_weight is");
+  STD_TORCH_CHECK(channel || spatial,
+                  "weights of at least one gate must be given: fc1_weight and fc2_weight of the "
+                  "channel gate, conv_weight of the spatial gate");
+}
+
 }  // namespace
 
 ScalarType accumulator_dtype(ScalarType dtype) {
@@ -135,27 +151,36 @@ const Tensor& check_forward(const Tensor& input, const ParameterTensors& paramet
   const auto check_optional = [&](const char* name, const OptionalTensor& parameter) {
     if (parameter.has_value()) check_parameter(name, *parameter, input);
   };
-  check_parameter("fc1_weight", parameters.fc1_weight, input);
+  check_optional("fc1_weight", parameters.fc1_weight);
   check_optional("fc1_bias", parameters.fc1_bias);
-  check_parameter("fc2_weight", parameters.fc2_weight, input);
+  check_optional("fc2_weight", parameters.fc2_weight);
   check_optional("fc2_bias", parameters.fc2_bias);
-  check_parameter("conv_weight", parameters.conv_weight, input);
+  check_optional("conv_weight", parameters.conv_weight);
   check_optional("conv_bias", parameters.conv_bias);
 
-  const int64_t channels = input.size(1);
-  const Tensor& fc1 = parameters.fc1_weight;
-  STD_TORCH_CHECK(fc1.dim() == 2 && fc1.size(0) > 0 && fc1.size(1) == channels,
-                  "fc1_weight must have shape [R, ", channels, "] (R >= 1, and the ", channels,
-                  " channels of input), got ", shape_of(fc1));
-  const int64_t hidden = fc1.size(0);
-  if (parameters.fc1_bias.has_value()) check_shape("fc1_bias", *parameters.fc1_bias, {hidden});
-  check_shape("fc2_weight", parameters.fc2_weight, {channels, hidden});
-  if (parameters.fc2_bias.has_value()) check_shape("fc2_bias", *parameters.fc2_bias, {channels});
-  const Tensor& conv = parameters.conv_weight;
-  STD_TORCH_CHECK(conv.dim() == 4 && conv.size(0) == 1 && conv.size(1) == 2 &&
-                      conv.size(2) == conv.size(3) && conv.size(2) % 2 == 1,
-                  "conv_weight must have shape [1, 2, k, k] with k odd, got ", shape_of(conv));
-  if (parameters.conv_bias.has_value()) check_shape("conv_bias", *parameters.conv_bias, {1});
+  check_gates(parameters);
+  const auto check_optional_shape = [&](const char* name, const OptionalTensor& parameter,
+                                        int64_t size) {
+    if (parameter.has_value()) check_shape(name, *parameter, {size});
+  };
+  if (parameters.fc1_weight.has_value()) {
+    const int64_t channels = input.size(1);
+    const Tensor& fc1 = *parameters.fc1_weight;
+    STD_TORCH_CHECK(fc1.dim() == 2 && fc1.size(0) > 0 && fc1.size(1) == channels,
+                    "fc1_weight must have shape [R, ", channels, "] (R >= 1, and the ", channels,
+                    " channels of input), got ", shape_of(fc1));
+    const int64_t hidden = fc1.size(0);
+    check_optional_shape("fc1_bias", parameters.fc1_bias, hidden);
+    check_shape("fc2_weight", *parameters.fc2_weight, {channels, hidden});
+    check_optional_shape("fc2_bias", parameters.fc2_bias, channels);
+  }
+  if (parameters.conv_weight.has_value()) {
+    const Tensor& conv = *parameters.conv_weight;
+    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(0) == 1 && conv.size(1) == 2 &&
+                        conv.size(2) == conv.size(3) && conv.size(2) % 2 == 1,
+                    "conv_weight must have shape [1, 2, k, k] with k odd, got ", shape_of(conv));
+    check_optional_shape("conv_bias", parameters.conv_bias, 1);
+  }
   return input;
 }
 

@@ -11,12 +11,13 @@
 
 namespace cbam {
 
+// Without fc1_weight and fc2_weight there is no channel gate, without conv_weight no spatial gate.
 struct ParameterTensors {
-  Tensor fc1_weight;
+  OptionalTensor fc1_weight;
   OptionalTensor fc1_bias;
-  Tensor fc2_weight;
+  OptionalTensor fc2_weight;
   OptionalTensor fc2_bias;
-  Tensor conv_weight;
+  OptionalTensor conv_weight;
   OptionalTensor conv_bias;
 };
 

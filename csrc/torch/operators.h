@@ -99,9 +99,9 @@ template <class Backend>
 struct Operators {
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-  static Tensor forward(const Tensor& input, const Tensor& fc1_weight,
-                        const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                        const OptionalTensor& fc2_bias, const Tensor& conv_weight,
+  static Tensor forward(const Tensor& input, const OptionalTensor& fc1_weight,
+                        const OptionalTensor& fc1_bias, const OptionalTensor& fc2_weight,
+                        const OptionalTensor& fc2_bias, const OptionalTensor& conv_weight,
                         const OptionalTensor& conv_bias) {
     Call<Backend, ForwardArgs> call(
         input, {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias}, {});
@@ -110,9 +110,11 @@ struct Operators {
     return output;
   }
 
-  static std::tuple<Tensor, Tensor> gates(const Tensor& input, const Tensor& fc1_weight,
-                                          const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                                          const OptionalTensor& fc2_bias, const Tensor& conv_weight,
+  static std::tuple<Tensor, Tensor> gates(const Tensor& input, const OptionalTensor& fc1_weight,
+                                          const OptionalTensor& fc1_bias,
+                                          const OptionalTensor& fc2_weight,
+                                          const OptionalTensor& fc2_bias,
+                                          const OptionalTensor& conv_weight,
                                           const OptionalTensor& conv_bias) {
     Call<Backend, ForwardArgs> call(
         input, {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias}, {});
@@ -123,9 +125,9 @@ struct Operators {
   }
 
   static std::tuple<Tensor, Tensor, Tensor> forward_train(
-      const Tensor& input, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-      const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const Tensor& conv_weight,
-      const OptionalTensor& conv_bias) {
+      const Tensor& input, const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
+      const OptionalTensor& fc2_weight, const OptionalTensor& fc2_bias,
+      const OptionalTensor& conv_weight, const OptionalTensor& conv_bias) {
     Call<Backend, ForwardArgs> call(
         input, {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias}, {});
     Tensor output = call.new_like_input(call.args.output);
@@ -135,10 +137,11 @@ struct Operators {
     return {output, channel_gate, spatial_gate};
   }
 
-  static std::tuple<Tensor, Tensor> logits(const Tensor& input, const Tensor& fc1_weight,
-                                           const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+  static std::tuple<Tensor, Tensor> logits(const Tensor& input, const OptionalTensor& fc1_weight,
+                                           const OptionalTensor& fc1_bias,
+                                           const OptionalTensor& fc2_weight,
                                            const OptionalTensor& fc2_bias,
-                                           const Tensor& conv_weight,
+                                           const OptionalTensor& conv_weight,
                                            const OptionalTensor& conv_bias) {
     Call<Backend, ForwardArgs> call(
         input, {fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias}, {});
@@ -197,18 +200,18 @@ struct Operators {
         gradient_of(wanted.conv_grads, parameters.conv_bias),
     };
     call.args.grads = mutable_views(grads);
-    call.args.mlp_grads = wanted.mlp_grads;
-    call.args.conv_grads = wanted.conv_grads;
+    call.args.mlp_grads = wanted.mlp_grads && call.args.parameters.have_channel_gate();
+    call.args.conv_grads = wanted.conv_grads && call.args.parameters.have_spatial_gate();
     call.run();
-    return {grad_input,      grads.fc1_weight,  *grads.fc1_bias, grads.fc2_weight,
-            *grads.fc2_bias, grads.conv_weight, *grads.conv_bias};
+    return {grad_input,      *grads.fc1_weight,  *grads.fc1_bias, *grads.fc2_weight,
+            *grads.fc2_bias, *grads.conv_weight, *grads.conv_bias};
   }
 
   static Gradients backward(const Tensor& grad_output, const Tensor& input,
                             const Tensor& channel_gate, const Tensor& spatial_gate,
-                            const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-                            const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
-                            const Tensor& conv_weight, const OptionalTensor& conv_bias,
+                            const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
+                            const OptionalTensor& fc2_weight, const OptionalTensor& fc2_bias,
+                            const OptionalTensor& conv_weight, const OptionalTensor& conv_bias,
                             bool input_grad, bool mlp_grads, bool conv_grads) {
     const ParameterTensors parameters{fc1_weight, fc1_bias,    fc2_weight,
                                       fc2_bias,   conv_weight, conv_bias};
@@ -224,10 +227,11 @@ struct Operators {
   static Gradients logits_backward(const Tensor& grad_output, const Tensor& input,
                                    const Tensor& channel_gate, const Tensor& spatial_gate,
                                    const Tensor& grad_channel_gate, const Tensor& grad_logits,
-                                   const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
-                                   const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
-                                   const Tensor& conv_weight, const OptionalTensor& conv_bias,
-                                   bool input_grad, bool mlp_grads, bool conv_grads) {
+                                   const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
+                                   const OptionalTensor& fc2_weight, const OptionalTensor& fc2_bias,
+                                   const OptionalTensor& conv_weight,
+                                   const OptionalTensor& conv_bias, bool input_grad, bool mlp_grads,
+                                   bool conv_grads) {
     const ParameterTensors parameters{fc1_weight, fc1_bias,    fc2_weight,
                                       fc2_bias,   conv_weight, conv_bias};
     const NamedTensor g{"grad_output", grad_output}, ca{"channel_gate", channel_gate};

@@ -7,32 +7,34 @@
 namespace cbam {
 
 inline void define_operators(Library& m) {
-  // [N,C,H,W] [R,C] [R]? [C,R] [C]? [1,2,k,k] [1]? -> [N,C,H,W]
+  // [N,C,H,W] [R,C]? [R]? [C,R]? [C]? [1,2,k,k]? [1]? -> [N,C,H,W]
+  // Without weights of the MLP there is no channel gate, without those of the convolution no
+  // spatial gate; a gate that is not there is one everywhere.
   m.def(
-      "forward(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-      "Tensor? fc2_bias, Tensor conv_weight, Tensor? conv_bias) -> Tensor");
+      "forward(Tensor input, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
+      "Tensor? fc2_bias, Tensor? conv_weight, Tensor? conv_bias) -> Tensor");
   m.def(
-      "gates(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-      "Tensor? fc2_bias, Tensor conv_weight, Tensor? conv_bias) "
+      "gates(Tensor input, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
+      "Tensor? fc2_bias, Tensor? conv_weight, Tensor? conv_bias) "
       "-> (Tensor channel_gate, Tensor spatial_gate)");
 
   // forward, and the two maps that backward needs beside the input.
   m.def(
-      "_forward_train(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-      "Tensor? fc2_bias, Tensor conv_weight, Tensor? conv_bias) "
+      "_forward_train(Tensor input, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
+      "Tensor? fc2_bias, Tensor? conv_weight, Tensor? conv_bias) "
       "-> (Tensor output, Tensor channel_gate, Tensor spatial_gate)");
   // Gradients of the input and the parameters, in the order of forward's arguments; those of a
   // group that is not asked for, and of absent biases, are empty.
   m.def(
       "_backward(Tensor grad_output, Tensor input, Tensor channel_gate, Tensor spatial_gate, "
-      "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor conv_weight, Tensor? conv_bias, bool input_grad, bool mlp_grads, bool conv_grads) "
+      "Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, "
+      "Tensor? conv_weight, Tensor? conv_bias, bool input_grad, bool mlp_grads, bool conv_grads) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // The same in two phases, for a norm of the logits between them.
   m.def(
-      "_logits(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-      "Tensor? fc2_bias, Tensor conv_weight, Tensor? conv_bias) "
+      "_logits(Tensor input, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
+      "Tensor? fc2_bias, Tensor? conv_weight, Tensor? conv_bias) "
       "-> (Tensor channel_gate, Tensor logits)");
   m.def("_apply(Tensor input, Tensor channel_gate, Tensor logits) -> Tensor");
   m.def(
@@ -41,8 +43,8 @@ inline void define_operators(Library& m) {
   m.def(
       "_logits_backward(Tensor grad_output, Tensor input, Tensor channel_gate, "
       "Tensor spatial_gate, Tensor grad_channel_gate, Tensor grad_logits, "
-      "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor conv_weight, Tensor? conv_bias, bool input_grad, bool mlp_grads, bool conv_grads) "
+      "Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, Tensor? fc2_bias, "
+      "Tensor? conv_weight, Tensor? conv_bias, bool input_grad, bool mlp_grads, bool conv_grads) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // What is around the layers, where PyTorch runs those itself: with _apply and _apply_backward it

@@ -40,12 +40,12 @@ ParameterView view_of(const Tensor& tensor, void* data) {
 
 template <class View>
 Parameters views_of(const ParameterTensors& tensors, View&& view) {
-  const auto optional_view = [&](const OptionalTensor& tensor) {
+  const auto view_or_none = [&](const OptionalTensor& tensor) {
     return tensor.has_value() ? view(*tensor) : ParameterView{};
   };
-  return {view(tensors.fc1_weight),  optional_view(tensors.fc1_bias),
-          view(tensors.fc2_weight),  optional_view(tensors.fc2_bias),
-          view(tensors.conv_weight), optional_view(tensors.conv_bias)};
+  return {view_or_none(tensors.fc1_weight),  view_or_none(tensors.fc1_bias),
+          view_or_none(tensors.fc2_weight),  view_or_none(tensors.fc2_bias),
+          view_or_none(tensors.conv_weight), view_or_none(tensors.conv_bias)};
 }
 
 }  // namespace
@@ -98,8 +98,8 @@ Problem describe(const Tensor& input) {
 
 Problem describe(const Tensor& input, const ParameterTensors& parameters) {
   Problem problem = describe(input);
-  problem.hidden = parameters.fc1_weight.size(0);
-  problem.kernel = parameters.conv_weight.size(2);
+  if (parameters.fc1_weight.has_value()) problem.hidden = parameters.fc1_weight->size(0);
+  if (parameters.conv_weight.has_value()) problem.kernel = parameters.conv_weight->size(2);
   return problem;
 }
 

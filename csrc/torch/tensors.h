@@ -29,10 +29,10 @@ Tensor empty_map(const Tensor& input, MapKind kind);
 
 // input must be of a native layout.
 Problem describe(const Tensor& input, const ParameterTensors& parameters);
-// Without parameters, hidden and kernel are 1.
+// Without parameters of a gate, hidden or kernel is 1.
 Problem describe(const Tensor& input);
 
-// Absent biases become views without data, and so do the empty tensors that stand for gradients
+// Absent parameters become views without data, and so do the empty tensors that stand for gradients
 // which nobody wants. The first does not count as writing to the parameters.
 Parameters views(const ParameterTensors& parameters);
 Parameters mutable_views(const ParameterTensors& gradients);

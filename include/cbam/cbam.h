@@ -20,16 +20,16 @@ namespace detail {
 // The operator of this name. Both take the same arguments.
 template <class Result>
 auto find_operator(const char* name) {
-  using Weight = const at::Tensor&;
-  using Bias = const std::optional<at::Tensor>&;
+  using Parameter = const std::optional<at::Tensor>&;
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow(name, "")
-      .typed<Result(const at::Tensor&, Weight, Bias, Weight, Bias, Weight, Bias)>();
+      .typed<Result(const at::Tensor&, Parameter, Parameter, Parameter, Parameter, Parameter,
+                    Parameter)>();
 }
 
 // A torch::nn::Linear without a bias holds an undefined tensor.
-inline std::optional<at::Tensor> if_defined(const std::optional<at::Tensor>& bias) {
-  return bias.has_value() && bias->defined() ? bias : std::nullopt;
+inline std::optional<at::Tensor> if_defined(const std::optional<at::Tensor>& parameter) {
+  return parameter.has_value() && parameter->defined() ? parameter : std::nullopt;
 }
 
 }  // namespace detail
@@ -50,6 +50,9 @@ inline std::optional<at::Tensor> if_defined(const std::optional<at::Tensor>& bia
 //   conv_weight  [1, 2, k, k], k odd; both maps are padded with k / 2 zeros on each side
 //   conv_bias    [1]
 //
+// One gate may be missing, and is then one everywhere: the channel gate where fc1_weight and
+// fc2_weight are std::nullopt (or undefined), the spatial gate where conv_weight is.
+//
 // The parameters are on the device of `input`, each in its dtype or in float32 (for float64:
 // float64). The result has input's shape and dtype, and its layout where that is contiguous or
 // channels_last. A wrong argument throws a std::exception that names it.
@@ -58,27 +61,31 @@ inline std::optional<at::Tensor> if_defined(const std::optional<at::Tensor>& bia
 // Python. A C++ program has none. There the result requires a gradient where an argument does, but
 // backward stops at it: PyTorch prints a warning, and what lies before it gets nothing from this
 // path. So call this under at::NoGradGuard or c10::InferenceMode.
-inline at::Tensor forward(const at::Tensor& input, const at::Tensor& fc1_weight,
-                          const std::optional<at::Tensor>& fc1_bias, const at::Tensor& fc2_weight,
-                          const std::optional<at::Tensor>& fc2_bias, const at::Tensor& conv_weight,
+inline at::Tensor forward(const at::Tensor& input, const std::optional<at::Tensor>& fc1_weight,
+                          const std::optional<at::Tensor>& fc1_bias,
+                          const std::optional<at::Tensor>& fc2_weight,
+                          const std::optional<at::Tensor>& fc2_bias,
+                          const std::optional<at::Tensor>& conv_weight,
                           const std::optional<at::Tensor>& conv_bias) {
   static const auto op = detail::find_operator<at::Tensor>("cbam::forward");
-  return op.call(input, fc1_weight, detail::if_defined(fc1_bias), fc2_weight,
-                 detail::if_defined(fc2_bias), conv_weight, detail::if_defined(conv_bias));
+  return op.call(input, detail::if_defined(fc1_weight), detail::if_defined(fc1_bias),
+                 detail::if_defined(fc2_weight), detail::if_defined(fc2_bias),
+                 detail::if_defined(conv_weight), detail::if_defined(conv_bias));
 }
 
 // channel_gate [N, C, 1, 1] and spatial_gate [N, 1, H, W] of the same arguments, in float32 (for a
 // float64 input: float64). Never differentiable.
 inline std::tuple<at::Tensor, at::Tensor> gates(const at::Tensor& input,
-                                                const at::Tensor& fc1_weight,
+                                                const std::optional<at::Tensor>& fc1_weight,
                                                 const std::optional<at::Tensor>& fc1_bias,
-                                                const at::Tensor& fc2_weight,
+                                                const std::optional<at::Tensor>& fc2_weight,
                                                 const std::optional<at::Tensor>& fc2_bias,
-                                                const at::Tensor& conv_weight,
+                                                const std::optional<at::Tensor>& conv_weight,
                                                 const std::optional<at::Tensor>& conv_bias) {
   static const auto op = detail::find_operator<std::tuple<at::Tensor, at::Tensor>>("cbam::gates");
-  return op.call(input, fc1_weight, detail::if_defined(fc1_bias), fc2_weight,
-                 detail::if_defined(fc2_bias), conv_weight, detail::if_defined(conv_bias));
+  return op.call(input, detail::if_defined(fc1_weight), detail::if_defined(fc1_bias),
+                 detail::if_defined(fc2_weight), detail::if_defined(fc2_bias),
+                 detail::if_defined(conv_weight), detail::if_defined(conv_bias));
 }
 
 }  // namespace cbam

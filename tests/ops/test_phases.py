@@ -35,10 +35,10 @@ def in_two_phases(backend: Backend, arguments: list[Tensor | None]) -> Tensor:
 
 
 def folded(arguments: Arguments) -> Arguments:
-    conv_bias = arguments.conv_bias
+    weight, bias = arguments.conv_weight, arguments.conv_bias
     return arguments._replace(
-        conv_weight=SCALE * arguments.conv_weight,
-        conv_bias=None if conv_bias is None else SCALE * conv_bias,
+        conv_weight=None if weight is None else SCALE * weight,
+        conv_bias=None if bias is None else SCALE * bias,
     )
 
 

@@ -69,12 +69,20 @@ class Arguments(NamedTuple):
     """The arguments of the operator, in its order."""
 
     input: Tensor
-    fc1_weight: Tensor
+    fc1_weight: Tensor | None
     fc1_bias: Tensor | None
-    fc2_weight: Tensor
+    fc2_weight: Tensor | None
     fc2_bias: Tensor | None
-    conv_weight: Tensor
+    conv_weight: Tensor | None
     conv_bias: Tensor | None
+
+    def without(self, gate: str) -> Arguments:
+        """The same without the parameters of the "channel" or the "spatial" gate."""
+        input, *parameters = self
+        mlp, convolution = parameters[:4], parameters[4:]
+        if gate == "channel":
+            return Arguments(input, *[None] * 4, *convolution)
+        return Arguments(input, *mlp, *[None] * 2)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Problem:
                 equal       quantised, not negative, and a dead ReLU: all channel gates are equal,
                             so that channels tie as well
                 zeros       nothing but ties
+    gates       "both", or "channel" or "spatial" alone
     """
 
     shape: tuple[int, int, int, int]
@@ -100,6 +109,7 @@ class Problem:
     parameters: str = "input"
     biases: str = ""
     values: str = "normal"
+    gates: str = "both"
 
     def __str__(self) -> str:
         parts = [
@@ -111,6 +121,7 @@ class Problem:
             self.parameters,
             self.values,
             f"b{self.biases}" if self.biases else "",
+            f"{self.gates}-alone" if self.gates != "both" else "",
         ]
         return "-".join(part for part in parts if part)
 
@@ -171,13 +182,16 @@ def _draw_once(problem: Problem, generator: torch.Generator) -> Arguments:
         True,
         "c" in problem.biases,
     )
-    return Arguments(
+    arguments = Arguments(
         x.to(problem.dtype).contiguous(memory_format=problem.memory_format),
         *(
             value.to(dtype).contiguous() if there else None
             for value, dtype, there in zip(parameters, dtypes, present, strict=True)
         ),
     )
+    if problem.gates == "both":
+        return arguments
+    return arguments.without("spatial" if problem.gates == "channel" else "channel")
 
 
 def _values(problem: Problem, normal: Callable[..., Tensor]) -> Tensor:
@@ -207,11 +221,13 @@ def undecided(arguments: Arguments) -> bool:
     if x.shape[0] == 0:
         return False
     pixels = x.flatten(2)
-    for pooled in (pixels.mean(2), pixels.amax(2)):
+    for pooled in (pixels.mean(2), pixels.amax(2)) if fc1_weight is not None else ():
         hidden = F.linear(pooled, fc1_weight, fc1_bias)
         scale = F.linear(pooled.abs(), fc1_weight.abs(), _abs(fc1_bias))
         if ((hidden != 0) & (hidden.abs() < UNDECIDED * scale)).any():
             return True
+    if exact.conv_weight is None:
+        return False
     u = (reference.channel_gate(*exact[:5]) * x).flatten(2)
     top = u.amax(1, keepdim=True)
     second = u.masked_fill(u == top, -torch.inf).amax(1, keepdim=True)
@@ -261,6 +277,8 @@ def backward_formulas(
 ) -> list[Tensor]:
     """The gradients of the six parameters, written out by hand in float64.
 
+    Of a gate that is not there, they are those of a layer whose outputs change nothing: of no use.
+
     With ``magnitudes``, how large their contributions are: the sum of absolute values over
     samples and pixels instead of the sum. A factor that is itself a sum counts with its absolute
     value or, where its own terms happen to cancel, with the root of the sum of their squares: that
@@ -268,6 +286,9 @@ def backward_formulas(
     rounded in the accumulator dtype, in PyTorch's own sigmoid too.
     """
     x, w1, b1, w2, _, conv, _ = exact = in_float64(arguments)
+    w1 = x.new_zeros(1, x.shape[1]) if w1 is None else w1
+    w2 = x.new_zeros(x.shape[1], 1) if w2 is None else w2
+    conv = x.new_zeros(1, 2, 1, 1) if conv is None else conv
     g = grad_output.detach().to("cpu", torch.float64)
     _, channels, height, width = x.shape
     kernel, pixels = conv.shape[-1], height * width
@@ -322,6 +343,8 @@ def _input_gradient_scale(arguments: Arguments, grad_output: Tensor, expected: T
     if expected.numel() == 0:
         return torch.zeros(())
     x, *_, conv, conv_bias = exact = in_float64(arguments)
+    if conv is None:
+        return expected.abs().max()
     g = grad_output.detach().to("cpu", torch.float64)
     ca = reference.channel_gate(*exact[:5])
     sa = torch.sigmoid(reference.spatial_logits(x, ca, conv, conv_bias))
@@ -443,6 +466,34 @@ _CASES = [
 ]
 
 
+# The same for one gate alone, with the dtypes taking turns.
+_CASES_OF_ONE_GATE = [
+    ((2, 16, 8, 8), 7, 1, "normal", ""),
+    ((1, 1, 1, 1), 1, 1, "normal", "12c"),
+    ((1, 130, 7, 7), 7, 8, "relu", "12c"),
+    ((2, 33, 13, 17), 5, 4, "quantised", "12"),
+    ((1, 3, 70, 90), 7, 1, "relu", "c"),
+    ((3, 37, 60, 61), 3, 5, "normal", "1c"),
+    ((7, 8, 5, 5), 49, 3, "equal", "2"),
+    ((2, 264, 3, 4), 3, 24, "zeros", "12c"),
+    ((1, 24, 5, 129), 3, 300, "relu", ""),
+]
+
+
+def _problems_of_one_gate() -> list[Problem]:
+    problems = []
+    for i, (shape, kernel, hidden, values, biases) in enumerate(_CASES_OF_ONE_GATE):
+        for j, layout in enumerate(("nchw", "nhwc")):
+            for k, gate in enumerate(("channel", "spatial")):
+                # float32, which users have, and one of the others
+                for dtype in (torch.float32, DTYPES[(0, 2, 3)[(i + j + k) % 3]]):
+                    kind = ("input", "accumulator")[i % 2] if dtype.itemsize == 2 else "input"
+                    problems.append(
+                        Problem(shape, kernel, hidden, dtype, layout, kind, biases, values, gate)
+                    )
+    return problems
+
+
 def _problems() -> list[Problem]:
     problems = []
     kinds = ("input", "accumulator", "mixed")
@@ -454,7 +505,8 @@ def _problems() -> list[Problem]:
     return problems
 
 
-PROBLEMS = _problems()
+PROBLEMS_OF_BOTH_GATES = _problems()
+PROBLEMS = PROBLEMS_OF_BOTH_GATES + _problems_of_one_gate()
 # Large enough for what only large ones meet in the CPU kernels: tiles with fewer rows than the
 # convolution reaches, rows that end within vectors, hidden units in whole vectors and some more.
 LARGE = [
@@ -464,6 +516,10 @@ LARGE = [
     Problem((3, 40, 101, 33), 31, 37, torch.float64, biases="2c"),
     Problem((2, 90, 70, 41), 5, 18, torch.bfloat16, "nhwc", "accumulator"),
     Problem((2, 90, 70, 41), 5, 18, torch.float16, biases="1"),
+    Problem((1, 300, 9, 250), 7, 20, gates="channel"),
+    Problem((3, 40, 101, 33), 31, 37, torch.bfloat16, "nhwc", biases="12", gates="channel"),
+    Problem((1, 300, 9, 250), 7, 20, torch.float64, "nhwc", gates="spatial"),
+    Problem((3, 40, 101, 33), 31, 37, values="relu", gates="spatial"),
 ]
 # For checks that cost a second per call (opcheck, transforms, subprocesses).
 FEW = [
@@ -472,4 +528,6 @@ FEW = [
     Problem((2, 4, 3, 5), 7, 1, torch.bfloat16, parameters="mixed", biases="1c"),
     Problem((1, 1, 1, 1), 1, 1, torch.float64, biases="2"),
     Problem((0, 3, 4, 4), 3, 2, biases="12c"),
+    Problem((2, 6, 5, 7), 3, 2, biases="2", gates="channel"),
+    Problem((2, 4, 3, 5), 3, 2, layout="nhwc", biases="c", gates="spatial"),
 ]
