@@ -221,9 +221,7 @@ class CBAM(nn.Module):
         conv = self.spatial.conv
         if self.spatial.norm is None:
             return torch.ops.cbam.forward(input, w1, b1, w2, b2, conv.weight, conv.bias)
-        channel_gate, logits = torch.ops.cbam._logits(
-            input, w1, b1, w2, b2, conv.weight, conv.bias
-        )
+        channel_gate, logits = torch.ops.cbam._logits(input, w1, b1, w2, b2, conv.weight, conv.bias)
         # It cannot ask a norm for its dtype; a model is converted as a whole.
         logits = self.spatial.norm(logits.to(conv.weight.dtype)).to(logits.dtype)
         return torch.ops.cbam._apply(input, channel_gate, logits)

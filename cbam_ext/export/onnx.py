@@ -8,6 +8,7 @@ onnxscript.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -68,17 +69,17 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------ operators
 #
-# The arguments are those of the schemas in csrc/torch/schemas.h, a bias that is absent is None.
+# The arguments are those of the schemas in csrc/torch/schemas.h, a parameter that is absent is None.
 # Each call of an operator of the opset adds a node to the exporter's graph.
 
 
 def _forward(
     input: Value,
-    fc1_weight: Value,
+    fc1_weight: Value | None,
     fc1_bias: Value | None,
-    fc2_weight: Value,
+    fc2_weight: Value | None,
     fc2_bias: Value | None,
-    conv_weight: Value,
+    conv_weight: Value | None,
     conv_bias: Value | None,
 ) -> Value:
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
@@ -88,30 +89,29 @@ def _forward(
 
 def _gates(
     input: Value,
-    fc1_weight: Value,
+    fc1_weight: Value | None,
     fc1_bias: Value | None,
-    fc2_weight: Value,
+    fc2_weight: Value | None,
     fc2_bias: Value | None,
-    conv_weight: Value,
+    conv_weight: Value | None,
     conv_bias: Value | None,
 ) -> tuple[Value, Value]:
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    channel_gate, _, logits = _attend(input, *parameters)
+    channel_gate, logits = _gate_and_logits(input, *parameters)
     return channel_gate, _opset().Sigmoid(logits)
 
 
 def _logits(
     input: Value,
-    fc1_weight: Value,
+    fc1_weight: Value | None,
     fc1_bias: Value | None,
-    fc2_weight: Value,
+    fc2_weight: Value | None,
     fc2_bias: Value | None,
-    conv_weight: Value,
+    conv_weight: Value | None,
     conv_bias: Value | None,
 ) -> tuple[Value, Value]:
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias)
-    channel_gate, _, logits = _attend(input, *parameters)
-    return channel_gate, logits
+    return _gate_and_logits(input, *parameters)
 
 
 def _apply(input: Value, channel_gate: Value, logits: Value) -> Value:
@@ -122,28 +122,51 @@ def _apply(input: Value, channel_gate: Value, logits: Value) -> Value:
 # ---------------------------------------------------------------------------------------- steps
 
 
-def _attend(input: Value, *parameters: Value | None) -> tuple[Value, Value, Value]:
-    """Channel gate, input times channel gate, and spatial logits, in the accumulator dtype."""
+def _attend(input: Value, *parameters: Value | None) -> tuple[Value | None, Value, Value | None]:
+    """Channel gate, input times channel gate, and spatial logits, in the accumulator dtype.
+
+    None stands for what is not there.
+    """
     op = _opset()
-    x = _widen(input, input)
+    refined = x = _widen(input, input)
     w1, b1, w2, b2, conv_weight, conv_bias = (_widen(value, input) for value in parameters)
-    padding = parameters[4].shape[-1] // 2  # what _widen gives has no shape yet
+    channel_gate = logits = None
 
     def mlp(pooled: Value) -> Value:
         hidden = op.Relu(op.Gemm(pooled, w1, b1, transB=1))
         return op.Gemm(hidden, w2, b2, transB=1)
 
-    mean, largest = op.ReduceMean(x, [2, 3], keepdims=0), op.ReduceMax(x, [2, 3], keepdims=0)
-    channel_gate = op.Unsqueeze(op.Sigmoid(op.Add(mlp(mean), mlp(largest))), [2, 3])
-    refined = op.Mul(channel_gate, x)
-    stats = op.Concat(op.ReduceMean(refined, [1]), op.ReduceMax(refined, [1]), axis=1)
-    return channel_gate, refined, op.Conv(stats, conv_weight, conv_bias, pads=[padding] * 4)
+    if w1 is not None:
+        mean, largest = op.ReduceMean(x, [2, 3], keepdims=0), op.ReduceMax(x, [2, 3], keepdims=0)
+        channel_gate = op.Unsqueeze(op.Sigmoid(op.Add(mlp(mean), mlp(largest))), [2, 3])
+        refined = op.Mul(channel_gate, x)
+    if conv_weight is not None:
+        padding = parameters[4].shape[-1] // 2  # what _widen gives has no shape yet
+        stats = op.Concat(op.ReduceMean(refined, [1]), op.ReduceMax(refined, [1]), axis=1)
+        logits = op.Conv(stats, conv_weight, conv_bias, pads=[padding] * 4)
+    return channel_gate, refined, logits
 
 
-def _gate(refined: Value, logits: Value, input: Value) -> Value:
+def _gate_and_logits(input: Value, *parameters: Value | None) -> tuple[Value, Value]:
+    """The same, with a map for a gate that is not there: of ones, or of infinite logits."""
+    op = _opset()
+    x = _widen(input, input)
+    channel_gate, _, logits = _attend(input, *parameters)
+    if channel_gate is None:
+        channel_gate = _filled(op.ReduceMax(x, [2, 3]), 1.0)
+    return channel_gate, _filled(op.ReduceMax(x, [1]), math.inf) if logits is None else logits
+
+
+def _filled(like: Value, number: float) -> Value:
+    op = _opset()
+    filled = op.Expand(op.Constant(value_float=number), op.Shape(like))
+    return op.CastLike(filled, like)
+
+
+def _gate(refined: Value, logits: Value | None, input: Value) -> Value:
     """The spatial gate on top, rounded once, to the dtype of ``input``."""
     op = _opset()
-    output = op.Mul(op.Sigmoid(logits), refined)
+    output = refined if logits is None else op.Mul(op.Sigmoid(logits), refined)
     return output if input.dtype == _accumulator(input) else op.Cast(output, to=input.dtype)
 
 

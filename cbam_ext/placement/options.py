@@ -17,6 +17,7 @@ OPTIONS = (
     "conv_bias",
     "norm_layer",
     "init",
+    "gates",
 )
 
 # A name instead of a class survives JSON, in which smp's save_pretrained keeps a model's arguments.

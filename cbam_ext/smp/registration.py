@@ -207,9 +207,8 @@ def _telling_of_lost(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cbams_of(state: Mapping[str, Any]) -> set[str]:
     """The names of the CBAMs in a state dict."""
-    end = ".channel.fc1.weight"
-    names = {name.removesuffix(end) for name in state if name.endswith(end)}
-    return {name for name in names if f"{name}.spatial.conv.weight" in state}
+    ends = (".channel.fc1.weight", ".spatial.conv.weight")  # either gate may stand alone
+    return {name.removesuffix(end) for end in ends for name in state if name.endswith(end)}
 
 
 def _register_attention(attention: type[nn.Module]) -> None:
@@ -254,8 +253,10 @@ def _leaving_gates_open(original: Callable[[nn.Module], None]) -> Callable[[nn.M
     @functools.wraps(original)
     def initialize_decoder(module: nn.Module) -> None:
         cbams = [each for each in module.modules() if isinstance(each, CBAM)]
-        channels = [(each.channel, logit_of_channel_gate(each.channel)) for each in cbams]
-        spatials = [(each.spatial, logit_of_spatial_gate(each.spatial)) for each in cbams]
+        channels = [each.channel for each in cbams if each.channel is not None]
+        spatials = [each.spatial for each in cbams if each.spatial is not None]
+        channels = [(gate, logit_of_channel_gate(gate)) for gate in channels]
+        spatials = [(gate, logit_of_spatial_gate(gate)) for gate in spatials]
         original(module)
         for channel, logit in channels:
             open_channel_gate(channel, logit)

@@ -253,4 +253,7 @@ def _collect(
         call += 1
         key = f"{name}#{call}"
     channel_gate, spatial_gate = module.attention(*args, **kwargs)
-    gates[key] = Gates(channel_gate.cpu(), spatial_gate.cpu())
+    gates[key] = Gates(
+        None if module.channel is None else channel_gate.cpu(),
+        None if module.spatial is None else spatial_gate.cpu(),
+    )

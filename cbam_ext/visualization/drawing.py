@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .._text import count
-from .gates import Gates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ _LINE = 30  # characters of a title that fit above a panel
 
 
 def overlays(
-    maps: Mapping[str, Gates],
+    gates: Mapping[str, Tensor],
     images: Tensor | Sequence[Tensor],
     normalisation: tuple[Tensor, Tensor] | None,
     *,
@@ -31,13 +30,13 @@ def overlays(
     rows: int,
     columns: int,
 ) -> Figure:
-    """The first ``rows`` images with the gates of ``columns`` of the CBAMs."""
-    names = list(maps)
+    """The first ``rows`` images with ``columns`` of the spatial gates."""
+    names = list(gates)
     if columns < len(names):
         step = (len(names) - 1) / max(1, columns - 1)
         names = [names[round(i * step)] for i in range(columns)]
     for name in names:
-        samples = len(maps[name].spatial_gate)
+        samples = len(gates[name])
         if samples != len(images):
             raise ValueError(
                 f"{name} ran on {count(samples, 'sample')}, so its gates do not belong to the "
@@ -61,7 +60,7 @@ def overlays(
     bars[0].remove()  # below the images
     left_out = [
         f", {shown} of {count(total, what)}"
-        for shown, total, what in ((columns, len(maps), "CBAM"), (rows, len(images), "image"))
+        for shown, total, what in ((columns, len(gates), "CBAM"), (rows, len(images), "image"))
         if shown < total
     ]
     figure.suptitle("CBAM spatial gates" + "".join(left_out))
@@ -73,7 +72,7 @@ def overlays(
             axis.set_axis_off()
     axes[0][0].set_title("image", fontsize="small")
     for column, (name, title) in enumerate(zip(names, _titles(names), strict=True), start=1):
-        gate = maps[name].spatial_gate[:rows, 0]
+        gate = gates[name][:rows, 0]
         panels = [row[column] for row in axes]
         _overlay(panels, bars[column], gate, title, alpha, (0, width, height, 0))
     return figure
@@ -116,17 +115,17 @@ def _overlay(
     below.locator_params(nbins=4)
 
 
-def histograms(maps: Mapping[str, Gates]) -> Figure:
-    """One panel for the channel gates of each CBAM."""
-    columns = min(4, len(maps))
-    rows = math.ceil(len(maps) / columns)
+def histograms(gates: Mapping[str, Tensor]) -> Figure:
+    """One panel for each channel gate."""
+    columns = min(4, len(gates))
+    rows = math.ceil(len(gates) / columns)
     figure = _new_figure("histograms()", 1.3 * _PANEL * columns, _PANEL * rows + 0.5)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     figure.suptitle("CBAM channel gates")
     figure.supxlabel("gate", fontsize="small")
     figure.supylabel("channels of all images", fontsize="small")
-    for axis, gates, title in zip(axes, maps.values(), _titles(list(maps)), strict=False):
-        values, said = _finite(gates.channel_gate)
+    for axis, gate, title in zip(axes, gates.values(), _titles(list(gates)), strict=False):
+        values, said = _finite(gate)
         said = [count(values.size, "gate"), *said]
         axis.hist(values, bins=50, range=(0, 1), color="tab:blue")
         if values.size:
@@ -135,7 +134,7 @@ def histograms(maps: Mapping[str, Gates]) -> Figure:
         axis.set_title(f"{title}\n{', '.join(said)}", fontsize="small")
         axis.set_xlim(0, 1)
         axis.tick_params(labelsize="small")
-    for axis in axes[len(maps) :]:
+    for axis in axes[len(gates) :]:
         axis.remove()
     return figure
 

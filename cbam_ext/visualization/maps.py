@@ -49,9 +49,13 @@ class AttentionMaps(Mapping[str, Gates]):
 
     def __repr__(self) -> str:
         lines = [f"AttentionMaps of {count(len(self._images), 'image')}"]
-        for name, (channel, spatial) in self.items():
-            shapes = f"channel gate {list(channel.shape)}, spatial gate {list(spatial.shape)}"
-            lines.append(f"  {name}: {shapes}")
+        for name, gates in self.items():
+            shapes = [
+                f"{kind.replace('_', ' ')} {list(gate.shape)}"
+                for kind, gate in gates._asdict().items()
+                if gate is not None
+            ]
+            lines.append(f"  {name}: {', '.join(shapes)}")
         return "\n".join(lines)
 
     def overlays(
@@ -61,7 +65,7 @@ class AttentionMaps(Mapping[str, Gates]):
         max_images: int | None = 4,
         max_modules: int | None = 8,
     ) -> Figure:
-        """Draws every spatial gate over its image: a row per image, a column per CBAM.
+        """Draws every spatial gate over its image: a row per image, a column per CBAM that has one.
 
         The images stand in the first column, and gray under the gates; a colour bar below each
         column covers the middle 98 % of its values, and the column's title tells their extremes.
@@ -75,8 +79,8 @@ class AttentionMaps(Mapping[str, Gates]):
 
         Raises:
             ImportError: matplotlib is not there.
-            ValueError: a CBAM ran on another number of samples than there are images, or the images
-                have several sizes.
+            ValueError: a CBAM ran on another number of samples than there are images, the images
+                have several sizes, or no CBAM has a spatial gate.
 
         Example:
             >>> maps = cbam_ext.visualize(cbam_ext.CBAM(3), torch.rand(2, 3, 8, 8))
@@ -85,30 +89,42 @@ class AttentionMaps(Mapping[str, Gates]):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
         images = _at_most(max_images, "max_images", len(self._images))
-        modules = _at_most(max_modules, "max_modules", len(self))
+        gates = self._gates_of("spatial_gate")
+        modules = _at_most(max_modules, "max_modules", len(gates))
         return drawing.overlays(
-            self, self._images, self._normalisation, alpha=alpha, rows=images, columns=modules
+            gates, self._images, self._normalisation, alpha=alpha, rows=images, columns=modules
         )
 
     def histograms(self) -> Figure:
         """Draws how often each value of the channel gate occurs, over batch and channels.
 
-        One panel for each CBAM, from 0 to 1, with the number of values and, dashed, their mean.
+        One panel for each CBAM that has one, from 0 to 1, with the number of values and, dashed,
+        their mean.
 
         Raises:
             ImportError: matplotlib is not there.
+            ValueError: no CBAM has a channel gate.
 
         Example:
             >>> figure = cbam_ext.visualize(cbam_ext.CBAM(16), torch.rand(2, 16, 8, 8)).histograms()
         """
-        return drawing.histograms(self)
+        return drawing.histograms(self._gates_of("channel_gate"))
+
+    def _gates_of(self, kind: str) -> dict[str, Tensor]:
+        found = {
+            name: gate for name, gates in self.items() if (gate := getattr(gates, kind)) is not None
+        }
+        if not found:
+            raise ValueError(f"none of these CBAMs has a {kind.replace('_', ' ')}")
+        return found
 
     def write(self, writer: Any, step: int | None = None, tag: str = "cbam") -> None:
         """Writes to TensorBoard: the overlays as a figure, all gates as histograms.
 
         The names are ``{tag}/overlays``, ``{tag}/channel_gate/{name}`` and
         ``{tag}/spatial_gate/{name}``. A gate of nothing but NaN has no histogram. What
-        :meth:`overlays` raises it raises as well.
+        :meth:`overlays` raises it raises as well, but where there is no spatial gate there is no
+        figure.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its methods
@@ -131,9 +147,12 @@ class AttentionMaps(Mapping[str, Gates]):
                     f"writer must have a method {method}, as torch.utils.tensorboard.SummaryWriter "
                     f"has, got {type(writer).__name__}"
                 )
-        writer.add_figure(f"{tag}/overlays", self.overlays(), global_step=step)
+        if any(gates.spatial_gate is not None for gates in self.values()):
+            writer.add_figure(f"{tag}/overlays", self.overlays(), global_step=step)
         for name, gates in self.items():
-            for kind, gate in zip(Gates._fields, gates, strict=True):
+            for kind, gate in gates._asdict().items():
+                if gate is None:
+                    continue
                 values = gate[gate.isfinite()]
                 if values.numel():  # writers refuse to count nothing
                     writer.add_histogram(f"{tag}/{kind}/{name}", values, global_step=step)
