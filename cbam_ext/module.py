@@ -47,7 +47,8 @@ class CBAM(nn.Module):
     """Convolutional Block Attention Module (Woo et al., ECCV 2018, arXiv:1807.06521).
 
     Args:
-        in_channels: channels ``C`` of the input.
+        in_channels: channels ``C`` of the input. May be None for a spatial gate alone, which takes
+            any number.
         reduction: the MLP has ``max(1, in_channels // reduction)`` hidden units.
         kernel_size: size of the spatial convolution, odd; the paper uses 7.
         hidden_channels: hidden units of the MLP, overriding ``reduction``.
@@ -91,7 +92,7 @@ class CBAM(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | None,
         reduction: int = 16,
         kernel_size: int = 7,
         *,
@@ -105,17 +106,20 @@ class CBAM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive("in_channels", in_channels)
-        _check_positive("reduction", reduction)
-        _check_positive("kernel_size", kernel_size)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if hidden_channels is None:
-            hidden_channels = max(1, in_channels // reduction)
-        _check_positive("hidden_channels", hidden_channels)
         if gates not in get_args(Gates):
             known = ", ".join(map(repr, get_args(Gates)))
             raise ValueError(f"gates must be one of {known}, got {gates!r}")
+        if in_channels is None and gates == "spatial":
+            hidden_channels = None
+        else:
+            _check_positive("in_channels", in_channels)
+            _check_positive("reduction", reduction)
+            if hidden_channels is None:
+                hidden_channels = max(1, in_channels // reduction)
+            _check_positive("hidden_channels", hidden_channels)
+        _check_positive("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         logit = first_logit(init)
 
         self.in_channels = in_channels
@@ -300,15 +304,15 @@ class CBAM(nn.Module):
         return None if reason is None else f"the norm is called: spatial.norm {reason}"
 
     def extra_repr(self) -> str:
-        text = f"in_channels={self.in_channels}"
+        parts = [f"in_channels={self.in_channels}"]
         if self.channel is not None:
-            text += f", hidden_channels={self.hidden_channels}"
+            parts.append(f"hidden_channels={self.hidden_channels}")
         if self.spatial is not None:
-            text += f", kernel_size={self.kernel_size}"
+            parts.append(f"kernel_size={self.kernel_size}")
         if self.gates != "both":
-            text += f", gates={self.gates!r}"
+            parts.append(f"gates={self.gates!r}")
         reason = self.why_not_fused()
-        return text if reason is None else f"{text}, {reason}"
+        return ", ".join(parts if reason is None else [*parts, reason])
 
     def _read_quickly(self) -> Parameters | None:
         """:meth:`_read_layers` for the usual case."""

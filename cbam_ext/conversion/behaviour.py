@@ -29,6 +29,9 @@ TOLERANCE = 1e-9
 # Of the maps: samples, how much larger they are than the kernel, and a factor.
 _DRAWS = ((3, 9, 100.0), (1, 5, 1.0), (2, 2, 1.0))
 
+# Of maps for a spatial gate alone, which takes any number.
+_ANY_CHANNELS = 6
+
 # What a CBAM may hold beside its layers. Others are named where behaviour differs.
 _EXPECTED = ("ReLU", "Sigmoid", "Identity", "Flatten", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d")
 
@@ -60,7 +63,7 @@ def _prove(module: nn.Module, structure: Structure) -> Structure:
     generator = torch.Generator().manual_seed(0)
     variants = [
         replace(structure, swapped=swapped, residual=residual)
-        for swapped in (False, True)
+        for swapped in ((False, True) if structure.conv is not None else (False,))
         for residual in (False, True)
     ]
     for samples, margin, scale in _DRAWS:
@@ -92,20 +95,22 @@ def deviation(module: nn.Module, structure: Structure) -> float:
 
 
 def _check_replaceable(module: nn.Module, structure: Structure) -> None:
-    layers = [module.get_submodule(n) for n in (structure.fc1, structure.fc2, structure.conv)]
+    layers = {ours: module.get_submodule(name) for ours, name in structure.layers().items()}
+    layers.pop("spatial.norm", None)
     if _is_hooked(module):
         raise RefusalError("it has hooks, which a replacement would lose")
     if len(inspect.signature(module.forward).parameters) != 1:
         raise RefusalError("its forward takes more than one argument")
-    if any(parametrize.is_parametrized(layer) for layer in layers):
+    if any(parametrize.is_parametrized(layer) for layer in layers.values()):
         raise RefusalError("its weights are parametrized")
-    if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
+    if any(set(layer._parameters) != {"weight", "bias"} for layer in layers.values()):
         raise RefusalError("its layers hold other parameters than a weight and a bias")
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise RefusalError("its weights are on the meta device; convert after loading them")
-    if min(layers[0].weight.shape[:2]) < 1:
+    fc1, conv = layers.get("channel.fc1"), layers.get("spatial.conv")
+    if fc1 is not None and min(fc1.weight.shape[:2]) < 1:
         raise RefusalError("its MLP has no hidden unit")
-    if any(size % 2 == 0 for size in layers[2].weight.shape[2:]):
+    if conv is not None and any(size % 2 == 0 for size in conv.weight.shape[2:]):
         raise RefusalError("the kernel of its convolution has an even size")
 
 
@@ -142,17 +147,19 @@ def _draw_weights(probe: nn.Module, structure: Structure, generator: torch.Gener
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_(mean + deviation * noise)
 
-    fc1, fc2, conv = (
-        probe.get_submodule(n) for n in (structure.fc1, structure.fc2, structure.conv)
-    )
-    inputs = fc1.weight.shape[1]
-    outputs, hidden = fc2.weight.shape[:2]
-    # The same for both layers where shapes cannot tell which is the first.
-    fill(fc1.weight, 3 / inputs**0.5)
-    fill(fc2.weight, 3 / hidden**0.5 if hidden == outputs else 0.3 / hidden**0.5)
-    fill(conv.weight, 0.7 / conv.weight[0].numel() ** 0.5)
-    for layer, size in ((fc1, 1.0), (fc2, 0.3), (conv, 0.3)):
-        fill(layer.bias, size)
+    if structure.fc1 is not None and structure.fc2 is not None:
+        fc1, fc2 = probe.get_submodule(structure.fc1), probe.get_submodule(structure.fc2)
+        inputs = fc1.weight.shape[1]
+        outputs, hidden = fc2.weight.shape[:2]
+        # The same for both layers where shapes cannot tell which is the first.
+        fill(fc1.weight, 3 / inputs**0.5)
+        fill(fc2.weight, 3 / hidden**0.5 if hidden == outputs else 0.3 / hidden**0.5)
+        fill(fc1.bias, 1.0)
+        fill(fc2.bias, 0.3)
+    if structure.conv is not None:
+        conv = probe.get_submodule(structure.conv)
+        fill(conv.weight, 0.7 / conv.weight[0].numel() ** 0.5)
+        fill(conv.bias, 0.3)
     if structure.norm is not None:
         norm = probe.get_submodule(structure.norm)
         fill(norm.weight, 0.2, mean=1.0)
@@ -169,11 +176,19 @@ def _draw_map(
     samples: int = 2,
     margin: int = 2,
 ) -> Tensor:
-    channels = probe.get_submodule(structure.fc1).weight.shape[1]
-    kernel = max(probe.get_submodule(structure.conv).weight.shape[2:])
+    channels = _ANY_CHANNELS
+    if structure.fc1 is not None:
+        channels = probe.get_submodule(structure.fc1).weight.shape[1]
+    kernel = max(_kernel_of(probe, structure))
     # Wider and higher than the kernel, and not square, so that every weight of it counts.
     shape = (samples, channels, kernel + margin, kernel + margin + 2)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _kernel_of(probe: nn.Module, structure: Structure) -> Sequence[int]:
+    if structure.conv is None:
+        return 1, 1
+    return probe.get_submodule(structure.conv).weight.shape[2:]
 
 
 def _check_training(probe: nn.Module, variant: Structure, x: Tensor) -> None:
@@ -183,7 +198,7 @@ def _check_training(probe: nn.Module, variant: Structure, x: Tensor) -> None:
     ours = build(copy.deepcopy(probe), variant).train()
     with torch.random.fork_rng(devices=[]):
         drawn = random_states()
-        kernel = probe.get_submodule(variant.conv).weight.shape[2:]
+        kernel = _kernel_of(probe, variant)
         results = [_training_step(m, variant, x, kernel) for m in (theirs, ours)]
         if random_states() != drawn:
             raise RefusalError("it draws random numbers in training")
@@ -216,7 +231,13 @@ def _leaves(module: nn.Module, variant: Structure) -> list[Tensor | None]:
     """Weights and biases of both layers, the convolution and the norm."""
     if is_ours(module):
         cbam = module.cbam if isinstance(module, Residual) else module
-        layers = [cbam.channel.fc1, cbam.channel.fc2, cbam.spatial.conv, cbam.spatial.norm]
+        layers = [
+            None if module is None else getattr(module, name)
+            for module, name in (
+                *((cbam.channel, "fc1"), (cbam.channel, "fc2")),
+                *((cbam.spatial, "conv"), (cbam.spatial, "norm")),
+            )
+        ]
     else:
         names = (variant.fc1, variant.fc2, variant.conv, variant.norm)
         layers = [None if name is None else module.get_submodule(name) for name in names]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers import norm_of
 from ..module import CBAM, Residual
 from .forms import FORMS, Form, form_by_shapes
 from .translation import translate_conv
@@ -135,7 +136,7 @@ class _Attempt:
             elsewhere = tuple(f"{other}." for other in targets if other != name)
             found = _by_shapes(name, target, self.state, own, elsewhere, maximum_first)
             if found is not None:
-                if maximum_first is None:
+                if maximum_first is None and found[0].structure.conv is not None:
                     self.problems.append(_which_is_first(name, *found))
                 self._take(name, target, *found, own)
         self.problems = self.problems or list(_differences(self.state, own))
@@ -160,6 +161,8 @@ def _choose(attempts: list[_Attempt]) -> _Attempt:
         RuntimeError: several fit.
     """
     fitting = [attempt for attempt in attempts if not attempt.problems]
+    # The layers of a gate alone may all have a word before their names that is of the gate's own.
+    fitting = [each for each in fitting if not any(_is_within(each, other) for other in fitting)]
     if len(fitting) > 1:
         listed = "\n".join(f"  - {attempt.candidate}" for attempt in fitting)
         raise RuntimeError(
@@ -169,6 +172,16 @@ def _choose(attempts: list[_Attempt]) -> _Attempt:
     if fitting:
         return fitting[0]
     return min(attempts, key=lambda each: len(each.problems) + len(each.candidate.beside))
+
+
+def _is_within(attempt: _Attempt, other: _Attempt) -> bool:
+    """Whether both are the same tensors, and ``attempt`` takes more off their names."""
+    one, two = attempt.candidate, other.candidate
+    return (
+        (one.keys, len(one.state)) == (two.keys, len(two.state))
+        and len(one.prefix) > len(two.prefix)
+        and one.prefix.startswith(two.prefix)
+    )
 
 
 def _targets(module: nn.Module) -> Iterator[tuple[str, CBAM | Residual]]:
@@ -196,16 +209,26 @@ def _forms_of(
         base = "".join(f"{part}." for part in parts[: len(parts) - origin.depth] if part)
         if origin.at(base, state):
             yield origin, base
-    forms = [form.with_order(maximum_first) for form in FORMS]
+    gates = _cbam_of(target).gates
+    forms = [form.with_order(maximum_first).of_gates(gates) for form in FORMS]
     base = f"{name}." if name else ""
     yield from ((form, base) for form in forms if form.at(base, state))
     if name:
         parent, _, last = name.rpartition(".")
         base = f"{parent}." if parent else ""
         here = [form for form in forms if form.at(base, state)]
-        named = [form for form in here if form.structure.fc1.split(".")[0] == last]
-        pairs = {form.structure.fc1.split(".")[0] for form in here}
+        named = [form for form in here if _first_name(form) == last]
+        pairs = {_first_name(form) for form in here}
         yield from ((form, base) for form in (named or (here if len(pairs) == 1 else [])))
+
+
+def _first_name(form: Form) -> str:
+    """The name of the first gate in the module around it."""
+    return next(iter(form.structure.layers().values())).split(".")[0]
+
+
+def _cbam_of(target: CBAM | Residual) -> CBAM:
+    return target.cbam if isinstance(target, Residual) else target
 
 
 def _by_shapes(
@@ -234,12 +257,14 @@ def _by_shapes(
 
 
 def _which_is_first(name: str, form: Form, base: str) -> str:
-    s = form.structure
+    layers = form.structure.layers()
+    layers.pop("spatial.norm", None)
+    *others, conv = (f"{base}{layer}" for layer in layers.values())
+    listed = f"layers are {', '.join(others)} and {conv}" if others else f"layer is {conv}"
     return (
-        f"{name or 'the module'}: by shapes its layers are {base}{s.fc1}, {base}{s.fc2} and "
-        f"{base}{s.conv}, but neither names nor shapes tell in which order that convolution sees "
-        "its two maps: pass maximum_first=False where its code has [average, maximum], and "
-        "maximum_first=True for the other order"
+        f"{name or 'the module'}: by shapes its {listed}, but neither names nor shapes tell in "
+        "which order that convolution sees its two maps: pass maximum_first=False where its code "
+        "has [average, maximum], and maximum_first=True for the other order"
     )
 
 
@@ -248,7 +273,7 @@ def _translate(
 ) -> None:
     """Renames and reshapes the tensors of one CBAM in ``state``."""
     moved = {}
-    for ours, theirs in form.layers().items():
+    for ours, theirs in form.structure.layers().items():
         for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             value = state.pop(f"{base}{theirs}.{tensor}", None)
             if value is None:
@@ -273,24 +298,25 @@ def _misfits(
         yield f"{whose} adds its input; build it as cbam_ext.Residual(cbam_ext.CBAM(...))"
     elif isinstance(target, Residual) and not form.structure.residual:
         yield f"{whose} does not add its input, but cbam_ext.Residual does"
-    cbam = target.cbam if isinstance(target, Residual) else target
-    hidden, channels = state[f"{base}{form.structure.fc1}.weight"].shape[:2]
-    kernel = max(state[f"{base}{form.structure.conv}.weight"].shape[2:])
-    given = {"in_channels": channels, "hidden_channels": hidden, "kernel_size": kernel}
+    cbam, structure = _cbam_of(target), form.structure
+    given, biases = {}, {}
+    if cbam.channel is not None:
+        hidden, channels = state[f"{base}{structure.fc1}.weight"].shape[:2]
+        given |= {"in_channels": channels, "hidden_channels": hidden}
+        biases["mlp_bias"] = (structure.fc2, cbam.channel.fc2)
+    if cbam.spatial is not None:
+        given["kernel_size"] = max(state[f"{base}{structure.conv}.weight"].shape[2:])
+        biases["conv_bias"] = (structure.conv, cbam.spatial.conv)
     for option, value in given.items():
         if getattr(cbam, option) != value:
             yield f"the checkpoint has {option}={value}, the module {getattr(cbam, option)}"
-    layers = {
-        "mlp_bias": (f"{form.structure.fc2}.bias", cbam.channel.fc2.bias is not None),
-        "conv_bias": (f"{form.structure.conv}.bias", cbam.spatial.conv.bias is not None),
-    }
-    for option, (name, present) in layers.items():
-        if (f"{base}{name}" in state) != present:
-            yield f"the checkpoint needs {option}={f'{base}{name}' in state}"
-    has_norm = form.structure.norm is not None and any(
-        n.startswith(f"{base}{form.structure.norm}.") for n in state
+    for option, (name, layer) in biases.items():
+        if (f"{base}{name}.bias" in state) != (layer.bias is not None):
+            yield f"the checkpoint needs {option}={f'{base}{name}.bias' in state}"
+    has_norm = structure.norm is not None and any(
+        n.startswith(f"{base}{structure.norm}.") for n in state
     )
-    if has_norm != (cbam.spatial.norm is not None):
+    if has_norm != (norm_of(cbam.spatial) is not None):
         wanted = "torch.nn.BatchNorm2d" if has_norm else "None"
         yield f"the checkpoint needs norm_layer={wanted}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..module import CBAM, Residual
+from ..module import CBAM, Gates, Residual
 from .structure import Structure
 
 
@@ -24,29 +24,25 @@ class Form:
     depth: int = 0
 
     @staticmethod
-    def of(kind: str, structure: Structure, halves: dict[str, str] | None = None) -> Form:
-        """What was found in a module of class ``kind``, or in two halves of these names."""
-        if halves is None:
+    def of(kind: str, structure: Structure, gates: Mapping[str, str] | None = None) -> Form:
+        """What was found in a module of class ``kind``, or in gates of these names."""
+        if gates is None:
             return Form(kind, structure)
 
-        def beside(name: str) -> str:
-            half, _, rest = name.partition(".")
-            return f"{halves[half]}.{rest}".rstrip(".")
+        def beside(name: str | None) -> str | None:
+            if name is None:
+                return None
+            gate, _, rest = name.partition(".")
+            return f"{gates[gate]}.{rest}".rstrip(".")
 
         renamed = replace(
             structure,
             fc1=beside(structure.fc1),
             fc2=beside(structure.fc2),
             conv=beside(structure.conv),
-            norm=None if structure.norm is None else beside(structure.norm),
+            norm=beside(structure.norm),
         )
-        return Form(kind, renamed, halves["channel"].count(".") + 1)
-
-    def layers(self) -> dict[str, str]:
-        """Their names by ours."""
-        s = self.structure
-        layers = {"channel.fc1": s.fc1, "channel.fc2": s.fc2, "spatial.conv": s.conv}
-        return layers if s.norm is None else {**layers, "spatial.norm": s.norm}
+        return Form(kind, renamed, next(iter(gates.values())).count(".") + 1)
 
     def with_order(self, maximum_first: bool | None) -> Form:
         """The same for a convolution that sees its maps so; None as the implementation has it."""
@@ -54,14 +50,22 @@ class Form:
             return self
         return replace(self, structure=replace(self.structure, swapped=maximum_first))
 
+    def of_gates(self, gates: Gates) -> Form:
+        """The same for a CBAM with these gates."""
+        return replace(self, structure=self.structure.of(gates))
+
     def at(self, base: str, state: Mapping[str, Tensor]) -> bool:
         """Whether ``state`` has this form's layers under ``base``."""
-        names = (self.structure.fc1, self.structure.fc2, self.structure.conv)
-        shapes = [tuple(state[n].shape) for name in names if (n := f"{base}{name}.weight") in state]
-        if len(shapes) < len(names):
+        layers = self.structure.layers()
+        layers.pop("spatial.norm", None)
+        names = {ours: f"{base}{theirs}.weight" for ours, theirs in layers.items()}
+        if not all(name in state for name in names.values()):
             return False
-        fc1, fc2, conv = shapes
-        return fc1[:2] == fc2[:2][::-1] and len(conv) == 4 and conv[:2] == (1, 2)
+        shapes = {ours: tuple(state[name].shape) for ours, name in names.items()}
+        if "channel.fc1" in shapes and shapes["channel.fc1"][:2] != shapes["channel.fc2"][:2][::-1]:
+            return False
+        conv = shapes.get("spatial.conv")
+        return conv is None or (len(conv) == 4 and conv[:2] == (1, 2))
 
 
 _AUTHORS = Structure(
@@ -111,21 +115,27 @@ def form_by_shapes(
     }
     convs = [n for n, t in weights.items() if t.ndim == 4 and t.shape[:2] == (1, 2)]
     norms = [n for n, t in weights.items() if t.shape == (1,)]
-    if len(dense) != 2 or len(convs) != 1 or len(norms) > 1:
-        return None
-    (channels, hidden), other = dense
-    layers = {*dense.values(), *convs, *norms}
-    if (hidden, channels) != other or any(n.rpartition(".")[0] not in layers for n in tensors):
-        return None
     cbam = target.cbam if isinstance(target, Residual) else target
-    if cbam.in_channels == hidden or (cbam.in_channels != channels and channels < hidden):
-        channels, hidden = hidden, channels
+    wanted = (0 if cbam.channel is None else 2, 0 if cbam.spatial is None else 1)
+    if (len(dense), len(convs)) != wanted or len(norms) > wanted[1]:
+        return None
+    layers = {*dense.values(), *convs, *norms}
+    if any(n.rpartition(".")[0] not in layers for n in tensors):
+        return None
+    fc1 = fc2 = None
+    if dense:
+        (channels, hidden), other = dense
+        if (hidden, channels) != other:
+            return None
+        if cbam.in_channels == hidden or (cbam.in_channels != channels and channels < hidden):
+            channels, hidden = hidden, channels
+        fc1, fc2 = dense[hidden, channels], dense[channels, hidden]
     structure = Structure(
-        dense[hidden, channels],
-        dense[channels, hidden],
-        convs[0],
+        fc1,
+        fc2,
+        convs[0] if convs else None,
         *norms,
-        swapped=bool(maximum_first),
+        swapped=bool(maximum_first) and bool(convs),
         residual=isinstance(target, Residual),
     )
     return Form("by shapes", structure)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._inputs import Call
 from .behaviour import distance
-from .pairs import has_forward, has_pair
+from .pairs import has_forward, has_gates
 
 
 def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
@@ -33,11 +33,11 @@ def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
 
 
 def calls_of_gates(model: nn.Module, call: Call | None) -> dict[nn.Module, list[Call]]:
-    """What each module with a pair of gates, and each child of it, is called with."""
+    """What each module with gates, and each child of it, is called with."""
     calls: dict[nn.Module, list[Call]] = {}
     if call is None:
         return calls
-    parents = [module for module in model.modules() if has_forward(module) and has_pair(module)]
+    parents = [module for module in model.modules() if has_forward(module) and has_gates(module)]
     handles = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 torch.fx traces that forward, with every submodule as one node. Where the graph shows that the two
 gates and their products are a CBAM and that nothing else looks at what lies between, they become
-one node, and the module gets the new forward. A forward that cannot be traced, does something else
-in training, or uses its gates otherwise is left alone, with the reason. Plain attributes that it
-reads count with the values that they have at that moment.
+one node, and the module gets the new forward; so does a gate alone with its product. A forward that
+cannot be traced, does something else in training, or uses its gates otherwise is left alone, with
+the reason. Plain attributes that it reads count with the values that they have at that moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import inspect
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,41 +75,54 @@ def has_pair(parent: nn.Module) -> bool:
     return any(map(is_channel_gate, children)) and any(map(is_spatial_gate, children))
 
 
-class Pair(nn.Module):
-    """Two gates, put together as a graph says: the module that is compared with a CBAM.
+def has_gates(parent: nn.Module) -> bool:
+    """Whether children of ``parent`` may be gates of a CBAM."""
+    return any(is_channel_gate(c) or is_spatial_gate(c) for c in direct_children(parent))
 
-    ``multiplied`` tells for each whether the product is outside of it.
+
+class Multiplied(nn.Module):
+    """Gates put together as a graph says: the module that is compared with a CBAM.
+
+    ``outside`` tells for each whether the product is outside of it. Its children have the names of
+    ours: "channel" and "spatial", or one of them.
     """
 
-    def __init__(self, channel: nn.Module, spatial: nn.Module, multiplied: tuple[bool, bool]):
+    def __init__(self, gates: Mapping[str, nn.Module], outside: Sequence[bool]) -> None:
         super().__init__()
-        self.channel, self.spatial, self.multiplied = channel, spatial, multiplied
-        self.training = channel.training
+        for name, gate in gates.items():
+            self.add_module(name, gate)
+            self.training = gate.training
+        self.outside = tuple(outside)
 
     def forward(self, x: Tensor) -> Tensor:
-        for gate, multiplied in zip((self.channel, self.spatial), self.multiplied, strict=True):
-            x = gate(x) * x if multiplied else gate(x)
+        for gate, outside in zip(self.children(), self.outside, strict=True):
+            x = gate(x) * x if outside else gate(x)
         return x
 
 
-# By the name of the channel gate: what the pair is, and the name of the spatial gate.
-Replaced = dict[str, tuple[Structure, Pair, str]]
+@dataclass
+class Replacement:
+    """What is replaced: gates, as what, and their names in ours and in the module around them."""
+
+    gates: Multiplied
+    structure: Structure
+    names: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Where the CBAM stands: in the place of the first gate."""
+        return next(iter(self.names.values()))
+
+    def holder(self, parent: nn.Module) -> nn.Module:
+        """The module that has the first gate as a child: ``parent``, or a container in it."""
+        return parent.get_submodule(self.name.rpartition(".")[0])
 
 
 @dataclass
-class _Match:
-    """The nodes of a pair: two gates, the map between them, and the result."""
+class _Match(Replacement):
+    """The same in a graph: the first gate's node, and all nodes from the result back to it."""
 
-    pair: Pair
-    structure: Structure
-    channel: fx.Node
-    middle: fx.Node
-    spatial: fx.Node
-    result: fx.Node
-
-    def holder(self, parent: nn.Module) -> nn.Module:
-        """The module that has the channel gate as a child: ``parent``, or a container in it."""
-        return parent.get_submodule(str(self.channel.target).rpartition(".")[0])
+    nodes: tuple[fx.Node, ...]
 
 
 def is_sequence(parent: nn.Module) -> bool:
@@ -117,8 +130,10 @@ def is_sequence(parent: nn.Module) -> bool:
     return isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
 
 
-def replace_pairs(parent: nn.Module, example: Call | None, references: References) -> Replaced:
-    """Replaces each pair of gates in ``parent`` by one CBAM; returns them by name.
+def replace_pairs(
+    parent: nn.Module, example: Call | None, references: References
+) -> list[Replacement]:
+    """Replaces each pair of gates in ``parent`` by one CBAM.
 
     ``example`` are arguments that ``parent`` can be called with, for a comparison; without them
     some are tried.
@@ -126,40 +141,71 @@ def replace_pairs(parent: nn.Module, example: Call | None, references: Reference
     Raises:
         RefusalError: not every spatial gate is provably half of a CBAM. ``parent`` is unchanged.
     """
-    if "forward" in vars(parent):
-        raise RefusalError("its forward was replaced on the instance")
+    _check_forward(parent)
     if is_sequence(parent):
         return _replace_in_sequence(parent, references)
     graph = _trace(parent)
     matches = [_match(parent, node) for node in graph.nodes if _calls_spatial(parent, node)]
     if not matches:
         raise RefusalError("its forward never calls its spatial gate")
-    replaced: Replaced = {}
+    return _replace_in_graph(parent, graph, matches, example, references)
+
+
+def replace_lone_gates(
+    parent: nn.Module,
+    gates: Mapping[nn.Module, Structure],
+    example: Call | None,
+    references: References,
+) -> list[Replacement]:
+    """The same for gates that stand alone: children of ``parent`` that return their gate."""
+    _check_forward(parent)
+    graph = _trace(parent)
+    matches = []
+    for node in graph.nodes:
+        gate = _calls(parent, node)
+        if gate is not None and gate in gates:
+            matches.append(_match_alone(parent, node, gates[gate]))
+    if not matches:
+        raise RefusalError("its forward never calls its gate")
+    return _replace_in_graph(parent, graph, matches, example, references)
+
+
+def _check_forward(parent: nn.Module) -> None:
+    if "forward" in vars(parent):
+        raise RefusalError("its forward was replaced on the instance")
+
+
+def _replace_in_graph(
+    parent: nn.Module,
+    graph: fx.Graph,
+    matches: list[_Match],
+    example: Call | None,
+    references: References,
+) -> list[Replacement]:
     for match in matches:
-        references.check((match.pair.channel, match.pair.spatial), match.holder(parent))
-        name = str(match.channel.target)
-        replaced[name] = (match.structure, match.pair, str(match.spatial.target))
-        with graph.inserting_before(match.channel):
-            node = graph.call_module(name, (match.channel.args[0],))
-        match.result.replace_all_uses_with(node)
-        # A gate that returns the refined map is the map's node itself.
-        for node in dict.fromkeys((match.result, match.spatial, match.middle, match.channel)):
+        references.check(match.gates.children(), match.holder(parent))
+        result, first = match.nodes[0], match.nodes[-1]
+        with graph.inserting_before(first):
+            node = graph.call_module(match.name, (first.args[0],))
+        result.replace_all_uses_with(node)
+        for node in match.nodes:
             for reshaped in list(node.users):
                 graph.erase_node(reshaped)
             graph.erase_node(node)
     before, rewritten = copy.deepcopy(parent), copy.deepcopy(parent)
-    _apply(rewritten, graph, replaced)
+    _apply(rewritten, graph, matches)
     compare(before, rewritten, example)
-    _apply(parent, graph, replaced)
-    return replaced
+    _apply(parent, graph, matches)
+    return [*matches]
 
 
-def _apply(parent: nn.Module, graph: fx.Graph, replaced: Replaced) -> None:
-    for name, (structure, pair, other) in replaced.items():
-        channel, spatial = parent.get_submodule(name), parent.get_submodule(other)
-        put(parent, name, build(Pair(channel, spatial, pair.multiplied), structure))
-        holder, _, last = other.rpartition(".")
-        del parent.get_submodule(holder)._modules[last]
+def _apply(parent: nn.Module, graph: fx.Graph, matches: Sequence[Replacement]) -> None:
+    for match in matches:
+        own = {ours: parent.get_submodule(theirs) for ours, theirs in match.names.items()}
+        put(parent, match.name, build(Multiplied(own, match.gates.outside), match.structure))
+        for other in [*match.names.values()][1:]:
+            holder, _, last = other.rpartition(".")
+            del parent.get_submodule(holder)._modules[last]
     rewrite(parent, graph)
 
 
@@ -169,23 +215,22 @@ def put(parent: nn.Module, name: str, module: nn.Module) -> None:
     parent.get_submodule(holder)._modules[last] = module
 
 
-def _replace_in_sequence(parent: nn.Sequential, references: References) -> Replaced:
-    names = list(parent._modules)
-    replaced: Replaced = {}
+def _replace_in_sequence(parent: nn.Sequential, references: References) -> list[Replacement]:
+    replaced = []
     reason = "its gates do not follow each other"
-    for first, second in itertools.pairwise(names):
+    for first, second in itertools.pairwise([*parent._modules]):
         channel, spatial = parent._modules[first], parent._modules[second]
         if not (is_channel_gate(channel) and is_spatial_gate(spatial)):
             continue
-        pair = Pair(channel, spatial, (False, False))
+        gates = Multiplied({"channel": channel, "spatial": spatial}, (False, False))
         try:
             references.check((channel, spatial), parent)
-            structure = recognise(pair, find_structures(pair))
+            structure = recognise(gates, find_structures(gates))
         except RefusalError as error:
             reason = str(error)
             continue
-        replaced[first] = (structure, pair, second)
-        parent._modules[first] = build(pair, structure)
+        replaced.append(Replacement(gates, structure, {"channel": first, "spatial": second}))
+        parent._modules[first] = build(gates, structure)
         parent._modules[second] = nn.Identity()
     if not replaced:
         raise RefusalError(reason)
@@ -262,20 +307,35 @@ def _match(parent: nn.Module, spatial: fx.Node) -> _Match:
     between = {spatial, result, *(user for user in spatial.users if _expands(user, spatial))}
     if not set(middle.users) <= between:
         raise RefusalError("what lies between its two gates is used elsewhere too")
-    names = (str(channel.target), str(spatial.target))
-    for name in names:
-        if sum(node.target == name for node in spatial.graph.nodes) > 1:
-            raise RefusalError(f"its forward uses {name} more than once")
-    pair = Pair(
-        parent.get_submodule(names[0]),
-        parent.get_submodule(names[1]),
-        (channel_multiplied, spatial_multiplied),
-    )
-    structures = find_structures(pair)
+    names = {"channel": str(channel.target), "spatial": str(spatial.target)}
+    for name in names.values():
+        _check_used_once(spatial.graph, name)
+    own = {ours: parent.get_submodule(theirs) for ours, theirs in names.items()}
+    gates = Multiplied(own, (channel_multiplied, spatial_multiplied))
+    structures = find_structures(gates)
     if not structures:
         raise RefusalError("the layers of its two gates are not those of a CBAM")
-    structure = recognise(pair, structures)
-    return _Match(pair, structure, channel, middle, spatial, result)
+    structure = recognise(gates, structures)
+    # A gate that returns the refined map is the map's node itself.
+    nodes = tuple(dict.fromkeys((result, spatial, middle, channel)))
+    return _Match(gates, structure, names, nodes)
+
+
+def _match_alone(parent: nn.Module, gate: fx.Node, structure: Structure) -> _Match:
+    """The gate alone that ``gate`` calls, whose layers ``structure`` names as in itself."""
+    _, result, outside = _product(gate)
+    if not outside:
+        raise RefusalError("what it does with its gate is not one plain product")
+    name = str(gate.target)
+    _check_used_once(gate.graph, name)
+    (ours,) = {layer.partition(".")[0] for layer in structure.layers()}
+    gates = Multiplied({ours: parent.get_submodule(name)}, (True,))
+    return _Match(gates, structure, {ours: name}, (result, gate))
+
+
+def _check_used_once(graph: fx.Graph, name: str) -> None:
+    if sum(node.target == name for node in graph.nodes) > 1:
+        raise RefusalError(f"its forward uses {name} more than once")
 
 
 def _product(gate: fx.Node) -> tuple[object, fx.Node, bool]:

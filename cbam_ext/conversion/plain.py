@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ def to_plain(
 
     What comes out needs PyTorch alone, copied and pickled as well, and has the names, values and
     order of the parameters that it had: ``state_dict`` files fit both ways. A CBAM becomes an
-    ``nn.Sequential`` of its two gates, each a ``torch.fx.GraphModule`` around the layers as they
+    ``nn.Sequential`` of its gates, each a ``torch.fx.GraphModule`` around the layers as they
     are, whatever was done to these. Attributes and hooks of a module go over. It computes in the
     dtype of its layers, as PyTorch's do. :func:`convert` leads back.
 
@@ -88,7 +89,7 @@ def is_plain_cbam(module: nn.Module) -> bool:
     """Whether ``module`` is what :func:`to_plain` makes of a CBAM."""
     return (
         type(module) is nn.Sequential
-        and [*module._modules] == ["channel", "spatial"]
+        and [*module._modules] in (["channel", "spatial"], ["channel"], ["spatial"])
         and all(isinstance(gate, fx.GraphModule) for gate in module)
     )
 
@@ -118,7 +119,10 @@ def _check(module: nn.Module) -> None:
         raise TypeError(
             f"to_plain: a {kind.__name__} has hooks, which would be lost; remove them first"
         )
-    if kind is CBAM and (type(module.channel), type(module.spatial)) != (ChannelGate, SpatialGate):
+    if kind is CBAM and not (
+        type(module.channel) in (ChannelGate, NoneType)
+        and type(module.spatial) in (SpatialGate, NoneType)
+    ):
         raise TypeError("to_plain: a gate of a CBAM was replaced; put it back first")
 
 
@@ -127,6 +131,8 @@ def _plain_cbam(cbam: CBAM, ties: str) -> nn.Sequential:
     plain = nn.Sequential()
     for name, kind in (("channel", PlainChannelGate), ("spatial", PlainSpatialGate)):
         gate = getattr(cbam, name)
+        if gate is None:
+            continue
         plain.add_module(name, portable(kind(gate, ties), instead_of=gate))
     hand_over(cbam, plain)
     return plain

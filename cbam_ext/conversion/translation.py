@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..layers import norm_of
 from ..module import CBAM, Residual
 from .structure import Structure, dense_shape
 
@@ -15,27 +16,28 @@ def is_ours(module: nn.Module) -> bool:
 
 def build(module: nn.Module, structure: Structure) -> CBAM | Residual:
     """Our module with the weights of ``module``, which it shares memory with where shapes allow."""
-    fc1, fc2, conv = (
-        module.get_submodule(name) for name in (structure.fc1, structure.fc2, structure.conv)
-    )
-    hidden, channels = dense_shape(fc1) or (0, 0)
-    height, width = conv.weight.shape[2:]
+    layers = {ours: module.get_submodule(name) for ours, name in structure.layers().items()}
+    # A spatial gate alone does not know its channels.
+    hidden, channels = (dense_shape(layers["channel.fc1"]) if structure.fc1 else None) or (1, None)
+    kernel = max(layers["spatial.conv"].weight.shape[2:]) if structure.conv else 1
     cbam = CBAM(
         channels,
         hidden_channels=hidden,
-        kernel_size=max(height, width),
+        kernel_size=kernel,
         mlp_bias=True,
         conv_bias=True,
+        gates=structure.gates,
         device="meta",
     )
-    parts = ((cbam.channel.fc1, fc1), (cbam.channel.fc2, fc2), (cbam.spatial.conv, conv))
-    for ours, theirs in parts:
-        weight = theirs.weight.detach()
-        weight = translate_conv(weight, structure.swapped) if theirs is conv else weight.flatten(1)
+    for name, theirs in layers.items():
+        if name == "spatial.norm":
+            cbam.spatial.norm = plain_norm(theirs)
+            continue
+        ours, weight = cbam.get_submodule(name), theirs.weight.detach()
+        is_conv = name == "spatial.conv"
+        weight = translate_conv(weight, structure.swapped) if is_conv else weight.flatten(1)
         ours.weight = nn.Parameter(weight, theirs.weight.requires_grad)
         ours.bias = theirs.bias
-    if structure.norm is not None:
-        cbam.spatial.norm = plain_norm(module.get_submodule(structure.norm))
     _copy_flags(module, cbam)
     if not structure.residual:
         return cbam
@@ -70,5 +72,5 @@ def plain_norm(norm: nn.Module) -> nn.Module:
 
 def _copy_flags(module: nn.Module, cbam: CBAM) -> None:
     for inner in cbam.modules():
-        if inner is not cbam.spatial.norm:
+        if inner is not norm_of(cbam.spatial):
             inner.training = module.training

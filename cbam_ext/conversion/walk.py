@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 
@@ -14,11 +15,27 @@ from .behaviour import TOLERANCE, deviation, recognise
 from .copies import copy_of
 from .forms import Form
 from .outputs import calls_of_gates, compare_outputs, outputs_of
-from .pairs import direct_children, has_forward, has_pair, is_sequence, put, replace_pairs
+from .pairs import (
+    Multiplied,
+    direct_children,
+    has_forward,
+    has_pair,
+    is_sequence,
+    put,
+    replace_lone_gates,
+    replace_pairs,
+)
 from .plain import is_plain_cbam
 from .references import References
 from .report import ConversionReport, Converted, Left, shown
-from .structure import RefusalError, Structure, explain_structure, find_structures
+from .structure import (
+    RefusalError,
+    Structure,
+    explain_structure,
+    find_lone_gates,
+    find_structures,
+    is_named_cbam,
+)
 from .translation import build, is_ours
 
 
@@ -57,11 +74,12 @@ def convert(
     Known is what has the layers of a CBAM and behaves as one, wherever it comes from: the authors'
     code, timm, mmyolo, copies of luuuyi's, those that add their input (they become
     :class:`cbam_ext.Residual`), with Linear layers or 1x1 convolutions, any hidden size and odd
-    kernel, biases, and a norm of the spatial logits. That a module behaves as one is seen on random
-    maps with random weights, in training and in inference. Channel and spatial gates that a larger
-    module multiplies in its own forward are replaced where ``torch.fx`` can trace that forward; the
-    module then has a new forward, in which plain attributes count with their present values. What
-    cannot be proven to be a CBAM, or is used by other means as well, is left as it was.
+    kernel, biases, and a norm of the spatial logits; or one gate alone, as by the authors'
+    ``no_spatial``. That a module behaves as one is seen on random maps with random weights, in
+    training and in inference. Channel and spatial gates that a larger module multiplies in its own
+    forward, or one of them, are replaced where ``torch.fx`` can trace that forward; the module then
+    has a new forward, in which plain attributes count with their present values. What cannot be
+    proven to be a CBAM, or is used by other means as well, is left as it was.
 
     The replacement has the dtype, the device, ``requires_grad`` and the training mode of what it
     replaces. Parameters are new objects: make the optimiser afterwards. Where maxima tie, the
@@ -127,6 +145,8 @@ class _Conversion:
         self.model, self.calls, self.check, self.report = model, calls, check, report
         self.references = References(model)
         self.done: dict[nn.Module, nn.Module | None] = {}  # so that shared modules stay shared
+        # What is known of gates alone, by the module and whether it multiplies itself.
+        self.alone: dict[tuple[nn.Module, bool], Structure | None] = {}
 
     def run(self) -> nn.Module:
         names = [name for name, _ in self.model.named_modules(remove_duplicate=False)]
@@ -164,6 +184,16 @@ class _Conversion:
             if has_pair(module):
                 self._rewrite(name, module)
                 return False  # there may be more inside
+            alone = self._find_lone_gate(module)
+            if alone is not None:
+                self._check_surroundings(name)
+                self._replace(name, module, alone)
+                return True
+            gates = self._find_gates_to_multiply(module)
+            if gates:
+                self._check_surroundings(name)
+                self._rewrite(name, module, gates)
+                return False
             if any(map(_is_candidate, _inside(module))):
                 return False
             reason = explain_structure(module)
@@ -171,9 +201,11 @@ class _Conversion:
             reason = str(error)
         if reason is None:
             return False
-        self.done[module] = None
         self.report.left.append(Left(name, type(module).__name__, reason))
-        return bool(structures) or not has_pair(module)
+        is_settled = bool(structures) or not has_pair(module)
+        for inner in module.modules() if is_settled else [module]:
+            self.done.setdefault(inner, None)  # by other names, too
+        return is_settled
 
     def _check_surroundings(self, name: str) -> None:
         parent = self.model.get_submodule(name.rpartition(".")[0])
@@ -192,20 +224,66 @@ class _Conversion:
         self.done[module] = replacement
         self._put(name, replacement)
 
-    def _rewrite(self, name: str, module: nn.Module) -> None:
+    def _find_lone_gate(self, module: nn.Module) -> Structure | None:
+        """The structure by which ``module`` refines a map by one gate, if it does."""
+        structures = find_lone_gates(module)
+        if structures and (is_named_cbam(module) or is_plain_cbam(module)):
+            return recognise(module, structures)
+        children = direct_children(module)
+        if any(self._recognise_alone(c, c, find_lone_gates(c)) for c in children):
+            return None  # what is around a gate stays
+        return self._recognise_alone(module, module, structures)
+
+    def _find_gates_to_multiply(self, parent: nn.Module) -> dict[nn.Module, Structure]:
+        """The children that return a gate, to be multiplied in the forward of ``parent``."""
+        found = {}
+        for child in direct_children(parent):
+            for structure in find_lone_gates(child)[:1]:
+                name = "channel" if structure.conv is None else "spatial"
+                gates = Multiplied({name: child}, (True,))
+                known = self._recognise_alone(child, gates, find_lone_gates(gates))
+                if known is not None:
+                    found[child] = known
+        return found
+
+    def _recognise_alone(
+        self, gate: nn.Module, module: nn.Module, structures: list[Structure]
+    ) -> Structure | None:
+        """That of ``module``, ``gate`` or what is around it; None where it is something else.
+
+        Nobody is told then: squeeze-and-excitation has the layers of a channel gate, and is in
+        every other model.
+        """
+        key = (gate, gate is module)
+        if key not in self.alone:
+            self.alone[key] = None
+            with contextlib.suppress(RefusalError):
+                if structures:
+                    self.alone[key] = recognise(module, structures)
+        return self.alone[key]
+
+    def _rewrite(
+        self, name: str, module: nn.Module, gates: dict[nn.Module, Structure] | None = None
+    ) -> None:
+        """Gives ``module`` a forward with CBAMs for its pairs of gates, or for these alone."""
         calls = self.calls.get(module, [])
         if is_sequence(module) and name and not self._is_called_whole(module):
             raise RefusalError(
                 "others may call its parts one by one; pass example_inputs to convert, with which "
                 "a run can tell"
             )
-        replaced = replace_pairs(module, calls[0] if calls else None, self.references)
+        example = calls[0] if calls else None
+        if gates is None:
+            replaced = replace_pairs(module, example, self.references)
+        else:
+            replaced = replace_lone_gates(module, gates, example, self.references)
         notes = () if is_sequence(module) else ("torch.fx rewrote the forward around it",)
-        for child, (structure, pair, spatial) in replaced.items():
-            kind = f"{type(pair.channel).__name__} and {type(pair.spatial).__name__}"
-            self._note(f"{name}.{child}" if name else child, kind, pair, structure, notes)
-            form = Form.of(kind, structure, {"channel": child, "spatial": spatial})
-            module.get_submodule(child)._converted_from = form
+        for each in replaced:
+            kind = " and ".join(type(gate).__name__ for gate in each.gates.children())
+            place = f"{name}.{each.name}" if name else each.name
+            self._note(place, kind, each.gates, each.structure, notes)
+            form = Form.of(kind, each.structure, each.names)
+            module.get_submodule(each.name)._converted_from = form
         self.done[module] = module
 
     def _is_called_whole(self, module: nn.Module) -> bool:

@@ -69,7 +69,7 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------ operators
 #
-# The arguments are those of the schemas in csrc/torch/schemas.h, a parameter that is absent is None.
+# The arguments are those of the schemas in csrc/torch/schemas.h, an absent one None.
 # Each call of an operator of the opset adds a node to the exporter's graph.
 
 

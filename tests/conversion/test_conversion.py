@@ -163,7 +163,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ultralytics": (lambda: peers.UltralyticsCBAM(32), "a single 32 x 32 layer"),
     "two MLPs": (lambda: peers.TwoMlpsCBAM(32), "4 dense layers"),
     "no hidden unit": (lambda: peers.AuthorsCBAM(8), "no hidden unit"),
-    "no spatial gate": (lambda: peers.AuthorsCBAM(32, no_spatial=True), "no spatial gate"),
+    "avg alone, no spatial gate": (
+        lambda: peers.AuthorsCBAM(32, pool_types=("avg",), no_spatial=True),
+        "pools by avg, CBAM",
+    ),
     "even kernel": (lambda: peers.MmyoloCBAM(32, kernel_size=4), "even size"),
     "detached": (lambda: Detached(32), "in training it computes something else"),
     "dropout": (lambda: Dropped(32), "draws random numbers in training"),
