@@ -66,6 +66,8 @@ PROBLEMS = [  # few, since the exporter of today takes a second
     *(Problem(SMALL, 3, 1, dtype, "nhwc", "mixed", "12c", "relu") for dtype in DTYPES),
     Problem((1, 33, 4, 5), 1, 4, torch.float16, parameters="accumulator", biases="1"),
     Problem((4, 17, 3, 8), 5, 3, layout="nhwc", biases="2"),
+    Problem(SHAPE, 7, 2, biases="1", gates="channel"),
+    Problem(SMALL, 3, 1, torch.float16, "nhwc", biases="c", gates="spatial"),
 ]
 
 

@@ -178,10 +178,41 @@ def test_no_tensor(name: str, value: object) -> None:
         cbam_ext.cbam(**(good() | {name: value}))
 
 
-@pytest.mark.parametrize("name", ["input", "fc1_weight", "fc2_weight", "conv_weight"])
-def test_none_where_a_tensor_is_needed(name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
-        cbam_ext.cbam(**(good() | {name: None}))
+def test_none_where_a_tensor_is_needed() -> None:
+    with pytest.raises(TypeError, match="input must be a torch.Tensor, got NoneType"):
+        cbam_ext.cbam(**(good() | {"input": None}))
+
+
+TOGETHER = "fc1_weight and fc2_weight must be given together"
+PARTS_OF_GATES = {
+    "no fc1": (["fc1_weight"], TOGETHER),
+    "no fc2": (["fc2_weight", "fc1_bias", "fc2_bias"], TOGETHER),
+    "biases of no MLP": (["fc1_weight", "fc2_weight"], "fc1_bias and fc2_bias must be None where"),
+    "a bias of no MLP": (
+        ["fc1_weight", "fc2_weight", "fc2_bias"],
+        "fc1_bias and fc2_bias must be None where",
+    ),
+    "bias of no convolution": (["conv_weight"], "conv_bias must be None where conv_weight is"),
+    "nothing": (NAMES[1:], "weights of at least one gate must be given"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS_OF_GATES)
+def test_parts_of_gates(backend: Backend, case: str) -> None:
+    missing, words = PARTS_OF_GATES[case]
+    call = good(backend.device) | dict.fromkeys(missing)
+    with pytest.raises(ValueError, match=words):
+        cbam_ext.reference.cbam(**call)
+    if backend.namespace == "cbam":
+        with pytest.raises(ValueError, match=words):
+            cbam_ext.cbam(**call)
+    for name in ("forward", "gates", "_forward_train", "_logits"):
+        with pytest.raises(RuntimeError, match=words):
+            getattr(backend.ops, name)(*call.values())
+    with FakeTensorMode() as mode:
+        fake = [None if t is None else mode.from_tensor(t) for t in call.values()]
+        with pytest.raises(ValueError, match=words):
+            torch.ops.cbam.forward(*fake)
 
 
 @pytest.mark.parametrize("name", ["input", "fc1_weight"])

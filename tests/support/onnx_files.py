@@ -115,14 +115,18 @@ def example_for(x: Tensor) -> Tensor:
 def module_of(arguments: Arguments, norm: nn.Module | None = None) -> cbam_ext.CBAM:
     """A module with these very parameters, in eval mode."""
     x, *parameters = arguments
+    fc1, conv = arguments.fc1_weight, arguments.conv_weight
     module = cbam_ext.CBAM(
         x.shape[1],
-        hidden_channels=arguments.fc1_weight.shape[0],
-        kernel_size=arguments.conv_weight.shape[-1],
+        hidden_channels=1 if fc1 is None else fc1.shape[0],
+        kernel_size=1 if conv is None else conv.shape[-1],
         norm_layer=None if norm is None else lambda channels: norm,
+        gates="spatial" if fc1 is None else "channel" if conv is None else "both",
     )
-    layers = (module.channel.fc1, module.channel.fc2, module.spatial.conv)
+    names = ("channel.fc1", "channel.fc2", "spatial.conv")
     for index, parameter in enumerate(parameters):
-        value = None if parameter is None else nn.Parameter(parameter)
-        setattr(layers[index // 2], ("weight", "bias")[index % 2], value)
+        name, kind = names[index // 2], ("weight", "bias")[index % 2]
+        if parameter is not None or getattr(module, name.split(".")[0]) is not None:
+            value = None if parameter is None else nn.Parameter(parameter)
+            setattr(module.get_submodule(name), kind, value)
     return module.eval()
