@@ -137,6 +137,9 @@ EXACTING = [
     Problem((3, 6, 5, 7), 3, 2, torch.float16, biases="c"),
     Problem((1, 40, 3, 5), 3, 300),
     Problem((1, 300, 2, 3), 3, 300),
+    Problem((1, 300, 7, 7), 7, 4, gates="channel"),
+    Problem((2, 9, 5, 7), 3, 2, layout="nhwc", gates="channel"),
+    Problem((1, 8, 70, 10), 3, gates="spatial"),
 ]
 
 

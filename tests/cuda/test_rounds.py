@@ -75,11 +75,14 @@ def test_small_launches_wait_seldom(
     )
     with device.end_parts(batch), device.record() as recording:
         exercise.run_all(torch.ops.cbam_counted, arguments, generator)
+        for gate in ("channel", "spatial"):
+            exercise.run_all(torch.ops.cbam_counted, arguments.without(gate), generator)
     rounds: dict[str, int] = {}
     for launch in recording.launches:
         name = launch.kernel.partition("<")[0].removeprefix("cbam::cuda::").removesuffix("_kernel")
         if name != "sweep":
             rounds[name] = max(rounds.get(name, 0), launch.rounds)
+    assert rounds.pop("fill") == 0
     assert all(0 < count <= MOST for count in rounds.values()), rounds
     assert rounds.keys() - KERNELS in (OF_ONE_BLOCK, OF_SEVERAL)
     assert rounds.keys() > KERNELS

@@ -134,6 +134,51 @@ def test_passes_over_the_feature_map(
         assert all(launch.wide_stores == 0 for launch in kernels if launch.stcs)
 
 
+@pytest.mark.parametrize("access", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["forward", "_forward_train", "_backward"])
+@pytest.mark.parametrize("gates", ["channel", "spatial"])
+def test_passes_of_one_gate(
+    device: Emulation,
+    gates: str,
+    name: str,
+    layout: str,
+    access: str,
+    generator: torch.Generator,
+) -> None:
+    """One read less, forward and backward: of what the other gate would have seen."""
+    problem = Problem(SHAPES[access], 7, 4, torch.float32, layout, gates=gates)
+    run = record(device, name, problem, generator, misaligned=access == "misaligned")
+    of_x, of_g = run.recording.watched
+    reads = (1, 2) if name == "_backward" else (2, 0)
+    if access == "misaligned":
+        assert of_x == of_g == (0, 0)
+    else:
+        assert of_x == (reads[0] * run.bytes, 0)
+        assert of_g == (reads[1] * run.bytes, 0)
+    kernels = run.recording.kernels
+    assert sum(launch.stcs for launch in kernels) == run.bytes
+    elements = 1 if access == "scalar" else 4
+    assert [width(launch) for launch in kernels if width(launch)] == [elements] * 2
+
+
+@pytest.mark.parametrize(
+    ("gates", "name", "launches"),
+    [
+        ("channel", "forward", 4),  # pool, MLP, ones, output
+        ("spatial", "forward", 4),  # ones, statistics, gate, output
+        ("channel", "_backward", 5),  # ones, pool, MLP, input; parameters
+        ("spatial", "_backward", 5),  # gate gradients, maps, zeros, input; parameters
+    ],
+)
+def test_launches_of_one_gate(
+    device: Emulation, gates: str, name: str, launches: int, generator: torch.Generator
+) -> None:
+    run = record(device, name, Problem((3, 64, 20, 24), 7, 4, gates=gates), generator)
+    assert len(run.recording.kernels) == launches
+    assert run.recording.kernels == run.recording.launches
+
+
 # Partial results, maps and halos beside the feature maps, in percent of these. The promise is 5;
 # forward keeps it in float32, and the rest does not. Their numbers have 4 bytes whatever the dtype,
 # so they weigh twice as much against bfloat16: the gate of a pixel, written and read, is 8 bytes of

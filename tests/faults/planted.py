@@ -148,6 +148,19 @@ _CPU = (
         "f(Sample<S>{shape, n, false}, memories[worker]);",
         "f(Sample<S>{shape, n, false}, memories[0]);",
     ),
+    Fault(
+        "cpu-nan-loses-where-the-spatial-gate-is-alone",
+        "csrc/cpu/backward.h",
+        "  settle_stats<Sweeps>(shape, tile, maps.x, sweeps.ca, pixel.sums, pixel.maxima, "
+        "pixel.argmaxima);\n",
+        "",
+    ),
+    Fault(
+        "cpu-channel-gate-alone-keeps-an-old-gradient-of-statistics",
+        "csrc/cpu/backward.h",
+        "  for (A* ds : sweeps.ds) std::fill_n(ds, shape.pixels, A{0});\n",
+        "",
+    ),
 )
 
 _CUDA = (
@@ -217,6 +230,18 @@ _CUDA = (
         "units, shape.piece, shape.cut.blocks, scratch,",
         "units, shape.piece, 1, scratch,",
     ),
+    Fault(
+        "cuda-ones-for-the-first-sample-alone",
+        "csrc/cuda/forward.cu",
+        "launch_fill(chunk.launcher, ca, chunk.samples * p.c, A{1});",
+        "launch_fill(chunk.launcher, ca, p.c, A{1});",
+    ),
+    Fault(
+        "cuda-channel-gate-alone-reads-g-as-x",
+        "csrc/cuda/sweep.cuh",
+        "load_packed<S, W, Body::kUse>(body.g + (piece - body.x));",
+        "load_packed<S, W, Body::kUse>(piece);",
+    ),
 )
 
 _TORCH = (
@@ -256,8 +281,29 @@ _PYTHON = (
     Fault(
         "layers-hooks-of-fc2-are-passed-over",
         "cbam_ext/layers/questions.py",
-        "for module in (channel, spatial, fc1, fc2, conv):",
-        "for module in (channel, spatial, fc1, conv):",
+        "_are_noticed(channel, fc1, fc2)",
+        "_are_noticed(channel, fc1)",
+    ),
+    Fault(
+        "module-hooks-of-one-gate-alone-are-passed-over",
+        "cbam_ext/module.py",
+        "    if gate is None:\n        return None\n    if type(gate) is not kind:\n",
+        "    if gate is None or has_hooks(gate):\n        return None\n"
+        "    if type(gate) is not kind:\n",
+    ),
+    Fault(
+        "conversion-squeeze-and-excitation-is-told-of",
+        "cbam_ext/conversion/walk.py",
+        "            with contextlib.suppress(RefusalError):\n                if structures:\n"
+        "                    self.alone[key] = recognise(module, structures)\n",
+        "            if structures:\n"
+        "                self.alone[key] = recognise(module, structures)\n",
+    ),
+    Fault(
+        "conversion-a-gate-by-another-name-is-taken-apart",
+        "cbam_ext/conversion/walk.py",
+        "for inner in module.modules() if is_settled else [module]:",
+        "for inner in [module]:",
     ),
     Fault(
         "layers-dilation-is-not-asked-for",
@@ -298,7 +344,7 @@ _PYTHON = (
     Fault(
         "module-conv-bias-dropped",
         "cbam_ext/module.py",
-        "padding=kernel_size // 2, bias=conv_bias, **factory",
+        "padding=kernel_size // 2, bias=bias, **factory",
         "padding=kernel_size // 2, bias=False, **factory",
     ),
     Fault(
@@ -328,7 +374,7 @@ _PYTHON = (
     Fault(
         "ops-even-kernels-are-accepted",
         "cbam_ext/reference/checks.py",
-        "\n        or conv_weight.shape[2] % 2 == 0",
+        "\n            or conv_weight.shape[2] % 2 == 0",
         "",
     ),
     Fault(
