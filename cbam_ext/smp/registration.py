@@ -253,10 +253,8 @@ def _leaving_gates_open(original: Callable[[nn.Module], None]) -> Callable[[nn.M
     @functools.wraps(original)
     def initialize_decoder(module: nn.Module) -> None:
         cbams = [each for each in module.modules() if isinstance(each, CBAM)]
-        channels = [each.channel for each in cbams if each.channel is not None]
-        spatials = [each.spatial for each in cbams if each.spatial is not None]
-        channels = [(gate, logit_of_channel_gate(gate)) for gate in channels]
-        spatials = [(gate, logit_of_spatial_gate(gate)) for gate in spatials]
+        channels = [(each.channel, logit_of_channel_gate(each.channel)) for each in cbams]
+        spatials = [(each.spatial, logit_of_spatial_gate(each.spatial)) for each in cbams]
         original(module)
         for channel, logit in channels:
             open_channel_gate(channel, logit)
