@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import cbam_ext
@@ -192,7 +193,7 @@ def test_a_pruned_layer(gates: str, generator: torch.Generator) -> None:
     module = make(gates)
     gate = getattr(module, gates)
     layer = gate.fc1 if gates == "channel" else gate.conv
-    nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "weight", 0.5)
     x = torch.randn(2, 12, 7, 6, generator=generator)
     torch.testing.assert_close(module(x), chain(module, x))
 
