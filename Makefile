@@ -26,7 +26,7 @@ export TORCH_CUDA_ARCH_LIST
 # Processes that share cores: their threads sleep while they wait, else they take each other's time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-all test-tools test-runtimes test-faults bench docs lint format test-matrix clean
+.PHONY: help demo study test test-all test-tools test-runtimes test-faults bench docs lint format test-matrix clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ help:  ## list the targets
 
 demo: $(VENV)/.extra-demo  ## train a segmentation model with CBAM on a photograph (ARGS=--help)
 	$(BIN)/python examples/segment_coins.py $(ARGS)
+
+study: $(VENV)/.extra-demo  ## compare places of attention on your images (ARGS=--help)
+	$(BIN)/python examples/placement_study.py $(ARGS)
 
 test: $(VENV)/.extra-test  ## run the quick tests (ARGS="-k name" or a folder for some)
 	$(PYTEST) $(ARGS)
