@@ -54,6 +54,7 @@ TEXTS = {
     "measurements-norm": ROOT / "bench/results/cpu_norm.md",
     "measurements-simulated": ROOT / "bench/results/simulated.md",
     "measurements-machine-code": ROOT / "bench/results/machine_code.md",
+    "measurements-gate-starts": ROOT / "bench/results/gate_starts.md",
 }
 PAGES = {document: page for page, document in TEXTS.items()}
 # [text](target#anchor) and [text]: target, where the target is a path.

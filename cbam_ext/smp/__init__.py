@@ -9,6 +9,7 @@ In the decoder blocks of ``smp.Unet`` and ``smp.UnetPlusPlus``, where smp has a 
 
 ``smp.create_model`` accepts "cbam" as well, and both take a dict with the options of
 :class:`cbam_ext.CBAM`, such as ``{"type": "cbam", "reduction": 8, "norm_layer": "batchnorm"}``.
+Their gates begin open, unless ``"init": "default"`` is among them.
 
 At encoder stages, skip connections or the decoder's output of every architecture of smp, also of a
 model that is trained already:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import (
     logit_of_channel_gate,
@@ -23,6 +23,10 @@ from ..module import CBAM
 from ..placement import resolve_options
 from . import placement
 from .options import SMP, import_smp, smp_version
+
+# How gates in smp's decoder blocks begin: there are ten of them in a Unet, and what each quarters,
+# the next one quarters again.
+START = "identity"
 
 
 def register() -> None:
@@ -36,8 +40,11 @@ def register() -> None:
     model built with a class are not saved, so smp cannot load that model again. The other
     architectures have no such attention and smp ignores the argument; now it is a ValueError.
 
-    smp initialises every layer of a decoder again once it is built. Layers of a CBAM get smp's
-    weights by that, but gates that ``init`` has opened stay open.
+    Here gates begin open, as by ``init="identity"``, unless the dict has another ``init``; there
+    are ten CBAMs in the decoder of a Unet. ``{"type": "cbam", "init": "default"}`` has the start
+    of the paper, and no biases. smp initialises every layer of a decoder again once it is built;
+    layers of a CBAM get smp's weights by that, but open gates stay open. A checkpoint of CBAMs
+    without biases is loaded into CBAMs with them, as what it computed, with a warning.
 
     ``cbam`` is for all architectures: the ``where`` of :func:`add_cbam`, or a dict of its
     arguments, as in ``smp.FPN("resnet18", cbam={"where": "skips", "reduction": 8})``.
@@ -82,9 +89,12 @@ def unregister() -> None:
     smp = sys.modules.get(SMP)
     if smp is None or not hasattr(smp, "MODEL_ARCHITECTURES_MAPPING"):  # too old to register
         return
-    for patched in (smp.base.modules.Attention, *_architectures(smp)):
+    attention = smp.base.modules.Attention
+    for patched in (attention, *_architectures(smp)):
         if _is_ours(patched.__init__):
             patched.__init__ = patched.__init__.__wrapped__
+    if _is_ours(attention._load_from_state_dict):
+        del attention._load_from_state_dict  # its class has none of its own
     base = smp.base.SegmentationModel
     if _is_ours(base.load_state_dict):
         base.load_state_dict = base.load_state_dict.__wrapped__
@@ -190,13 +200,24 @@ def _telling_of_lost(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], **options: Any) -> Any:
         held = _cbams_of(state_dict)
         result = original(self, state_dict, **options)
-        lost = sorted(held - _cbams_of(self.state_dict()))
+        own = self.state_dict()
+        lost = sorted(held - _cbams_of(own))
         if lost:
             warnings.warn(
                 f"CBAMs of this checkpoint have no place in this {type(self).__name__} and were "
                 f"left out: {', '.join(lost)}. Build the model with them before it loads, by "
                 "cbam_ext.smp.add_cbam, cbam= or decoder_attention_type=; an __init__ without "
                 "**kwargs does not take these from a saved config",
+                UserWarning,
+                stacklevel=2,
+            )
+        # One that loses its biases computes something else.
+        bare = sorted(name for name in held - {*lost} if _biases_of(name, state_dict) - {*own})
+        if bare:
+            warnings.warn(
+                f"CBAMs of this checkpoint have biases, which this {type(self).__name__} lacks and "
+                f"which were left out: {', '.join(bare)}. Build the model as it was built, without "
+                '"init": "default" in decoder_attention_type=',
                 UserWarning,
                 stacklevel=2,
             )
@@ -209,6 +230,12 @@ def _cbams_of(state: Mapping[str, Any]) -> set[str]:
     """The names of the CBAMs in a state dict."""
     ends = (".channel.fc1.weight", ".spatial.conv.weight")  # either gate may stand alone
     return {name.removesuffix(end) for end in ends for name in state if name.endswith(end)}
+
+
+def _biases_of(name: str, state: Mapping[str, Any]) -> set[str]:
+    """The keys of the biases of one CBAM."""
+    found = {f"{name}.{layer}.bias" for layer in ("channel.fc1", "channel.fc2", "spatial.conv")}
+    return found & state.keys()
 
 
 def _register_attention(attention: type[nn.Module]) -> None:
@@ -226,6 +253,7 @@ def _register_attention(attention: type[nn.Module]) -> None:
         )
         return
     attention.__init__ = _with_cbam(attention.__init__)
+    attention._load_from_state_dict = _with_absent_biases(attention._load_from_state_dict)
 
 
 def _with_cbam(original: Callable[..., None]) -> Callable[..., None]:
@@ -264,6 +292,54 @@ def _leaving_gates_open(original: Callable[[nn.Module], None]) -> Callable[[nn.M
     return _mark(initialize_decoder)
 
 
+def _with_absent_biases(original: Callable[..., None]) -> Callable[..., None]:
+    """``Attention._load_from_state_dict``, for which no bias is a bias of zero.
+
+    "cbam" built CBAMs without biases once. What was saved then is loaded as what it computed, and
+    not into gates that biases of this model hold open.
+    """
+
+    @functools.wraps(original)
+    def _load_from_state_dict(
+        self: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any
+    ) -> None:
+        absent = _absent_biases(self, state_dict, f"{prefix}attention.")
+        if absent:
+            warnings.warn(
+                "this checkpoint is of CBAMs without biases, as decoder_attention_type="
+                '"cbam" built them when their gates began closed by half. Loaded with biases of '
+                'zero, they compute the same; {"type": "cbam", "init": "default"} builds them '
+                "without",
+                UserWarning,
+                stacklevel=2,
+            )
+        state_dict.update(absent)
+        original(self, state_dict, prefix, *others)
+
+    return _mark(_load_from_state_dict)
+
+
+def _absent_biases(
+    attention: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> dict[str, Tensor]:
+    """Zeros for all biases of a CBAM, where the ``state_dict`` has its weights alone."""
+    cbam = attention.attention
+    if not isinstance(cbam, CBAM):
+        return {}
+    layers = {
+        name: layer
+        for name, layer in cbam.named_modules(prefix=prefix[:-1])
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    if any(f"{name}.bias" in state_dict for name in layers):
+        return {}
+    return {
+        f"{name}.bias": state_dict[f"{name}.weight"].new_zeros(len(layer.bias))
+        for name, layer in layers.items()
+        if layer.bias is not None and f"{name}.weight" in state_dict
+    }
+
+
 def _mark(function: Callable[..., None]) -> Callable[..., None]:
     # The mark names its bearer, because a wrapper that somebody puts around this one copies it.
     function._cbam_ext_mark = function
@@ -277,11 +353,11 @@ def _is_ours(function: Callable[..., None]) -> bool:
 def _cbam_options(name: Any) -> dict[str, Any] | None:
     """The options of CBAM that ``name`` asks for, or None where it asks for something else."""
     if isinstance(name, str) and name == "cbam":
-        return {}
+        return {"init": START}
     if not isinstance(name, Mapping) or name.get("type") != "cbam":
         return None
     options = {key: value for key, value in name.items() if key != "type"}
-    return resolve_options("decoder_attention_type", '{"type": "cbam"}', options)
+    return resolve_options("decoder_attention_type", '{"type": "cbam"}', {"init": START, **options})
 
 
 def _check_signature(attention: type[nn.Module]) -> None:

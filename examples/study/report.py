@@ -120,7 +120,7 @@ def conclusion(rows: Sequence[Row], baseline: Variant) -> str:
         better = [str(v) for v, gain in sorted(told, key=lambda pair: -pair[1]) if gain > 0]
         worse = [str(v) for v, gain in sorted(told, key=lambda pair: pair[1]) if gain < 0]
         parts = [f"better than {baseline}: {'; '.join(better)}" if better else ""]
-        parts.append(f"worse: {'; '.join(worse)}" if worse else "")
+        parts.append(f"worse than {baseline}: {'; '.join(worse)}" if worse else "")
         rest = [str(v) for v, d in compared if not d.is_told]
         parts.append(f"not told apart from {baseline}: {'; '.join(rest)}" if rest else "")
         lines.append(f"- {measure}: {'. '.join(part for part in parts if part)}.")

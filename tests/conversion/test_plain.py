@@ -111,7 +111,7 @@ def test_pickles_without_the_package(generator: torch.Generator, tmp_path: Path)
 
     register()
     try:
-        attention = {"type": "cbam", "norm_layer": "batchnorm"}
+        attention = {"type": "cbam", "norm_layer": "batchnorm", "init": "default"}
         model = smp.Unet("resnet18", encoder_weights=None, decoder_attention_type=attention)
     finally:
         unregister()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -373,7 +374,8 @@ def test_words_follow_the_spread(program):
     text = report.conclusion(report.rows_of(outcomes_of(program, gains), none), none)
     iou, loss, rest = text.splitlines()
     assert iou == (
-        "- held-out IoU: better than none: scse. worse: skips. not told apart from none: encoder."
+        "- held-out IoU: better than none: scse. worse than none: skips. "
+        "not told apart from none: encoder."
     )
     assert loss == iou.replace("held-out IoU", "loss in the first quarter")  # which is better low
     assert "over 5 seeds" in rest
@@ -416,6 +418,29 @@ def test_milliseconds_that_are_noise_are_not_told(turns, told, program):
     rows = report.rows_of(outcomes_of(program, gains), none)
     lines = report.table(rows, {"models": models}, none).splitlines()
     assert [cell.strip() for cell in lines[3].split("|")][6:9] == [told, "+2.0 MiB", "+1,500"]
+
+
+def test_the_numbers_of_the_pages_are_those_that_were_measured(program):
+    """bench/results/gate_starts.md follows from its JSON, and docs/study.md quotes it."""
+    from study import report
+
+    results = EXAMPLES.parent / "bench" / "results"
+    written = (results / "gate_starts.md").read_text()
+    measured = json.loads((results / "gate_starts.json").read_text())
+    none = program.Variant("none")
+    for name, found in measured.items():
+        part = written.split(f"## {name}\n")[1].split("\n## ")[0]
+        outcomes = [
+            program.Outcome(program.Variant(*run["variant"]), int(seed), iou, [early])
+            for run in found["runs"]
+            for seed, (iou, early) in run["seeds"].items()
+        ]
+        rows = report.rows_of(outcomes, none)
+        assert report.table(rows, found["costs"], none) in part
+        assert report.conclusion(rows, none) in part
+    page = (EXAMPLES.parent / "docs" / "study.md").read_text().split("## How should gates begin")[1]
+    cells = re.findall(r"[\d.]+ ± [\d.]+", page)
+    assert len(cells) > 10 and [cell for cell in cells if cell not in written] == []
 
 
 # ------------------------------------------------------------------------------ bad inputs

@@ -34,6 +34,7 @@ from support.onnx_files import (
     run,
     run_in_float64,
 )
+from support.placements import make_gates_tell
 from support.samples import DTYPES, Problem, assert_close, draw, truth
 
 Way = Callable[[nn.Module, Tensor, Path, "int | None"], None]
@@ -331,6 +332,7 @@ def test_smp(
         decoder_channels=(32, 32, 16)[:depth],
         decoder_attention_type=attention,
     ).eval()
+    make_gates_tell(model)
     cbam_ext.smp.prune_unused(model)  # for counting: what never runs is not exported
     export(way, model, torch.rand(2, 3, 64, 96, generator=generator), file)
     assert nodes(file)["ReduceMax"] == 2 * sum(

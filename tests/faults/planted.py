@@ -386,8 +386,14 @@ _PYTHON = (
     Fault(
         "smp-attention-stays-registered",
         "cbam_ext/smp/registration.py",
-        "for patched in (smp.base.modules.Attention, *_architectures(smp)):",
+        "for patched in (attention, *_architectures(smp)):",
         "for patched in _architectures(smp):",
+    ),
+    Fault(
+        "smp-leaves-gates-open-that-a-checkpoint-closes",
+        "cbam_ext/smp/registration.py",
+        "        state_dict.update(absent)\n",
+        "",
     ),
     Fault(
         "smp-closes-gates-that-begin-open",

@@ -135,7 +135,10 @@ def small_model(norm_layer: Callable[[int], nn.Module] | None) -> nn.Module:
     )
 
 
-def slim_unet(attention: str | None = "cbam") -> nn.Module:
+CLOSED = {"type": "cbam", "init": "default"}  # gates that hang on their input from the start
+
+
+def slim_unet(attention: dict[str, str] | None = CLOSED) -> nn.Module:
     cbam_ext.smp.register()
     try:
         return smp.Unet(

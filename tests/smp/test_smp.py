@@ -16,6 +16,8 @@ from torch import nn
 
 import cbam_ext.smp
 
+from support.placements import make_gates_tell
+
 Attention = smp.base.modules.Attention
 ORIGINAL_INIT = Attention.__init__
 FULL_OPTIONS = {
@@ -45,7 +47,16 @@ def registered():
 
 
 def build(attention="cbam", architecture=smp.Unet, encoder="resnet18", **options) -> nn.Module:
-    """A model with a slim decoder; SCSE of smp cannot have fewer than 16 channels."""
+    """A model with a slim decoder and gates that hang on their input, as after some training.
+
+    SCSE of smp cannot have fewer than 16 channels.
+    """
+    model = build_new(attention, architecture, encoder, **options)
+    make_gates_tell(model)
+    return model
+
+
+def build_new(attention, architecture=smp.Unet, encoder="resnet18", **options) -> nn.Module:
     depth = options.get("encoder_depth", 5)
     options = {"decoder_channels": (32, 32, 16, 16, 16)[:depth], **options}
     return architecture(
@@ -157,10 +168,10 @@ def test_register_refuses_an_unknown_signature(monkeypatch):
 @pytest.mark.parametrize("kind", ["scse", None])
 def test_other_attention_stays_as_it_was(kind):
     torch.manual_seed(0)
-    before = build(kind)
+    before = build_new(kind)
     cbam_ext.smp.register()
     torch.manual_seed(0)
-    after = build(kind)
+    after = build_new(kind)
     assert str(after) == str(before)
     assert all(
         torch.equal(a, b)
@@ -213,23 +224,27 @@ def test_create_model_takes_the_name_and_the_dict(registered):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, cbam_ext.CBAM(32)),
-        ({"reduction": 4}, cbam_ext.CBAM(32, reduction=4)),
-        ({"kernel_size": 5}, cbam_ext.CBAM(32, kernel_size=5)),
-        ({"hidden_channels": 3}, cbam_ext.CBAM(32, hidden_channels=3)),
-        ({"mlp_bias": True}, cbam_ext.CBAM(32, mlp_bias=True)),
-        ({"conv_bias": True}, cbam_ext.CBAM(32, conv_bias=True)),
-        ({"norm_layer": None}, cbam_ext.CBAM(32)),
-        ({"norm_layer": "batchnorm"}, cbam_ext.CBAM(32, norm_layer=nn.BatchNorm2d)),
-        ({"norm_layer": nn.BatchNorm2d}, cbam_ext.CBAM(32, norm_layer=nn.BatchNorm2d)),
+        ({}, {}),
+        ({"reduction": 4}, {"reduction": 4}),
+        ({"kernel_size": 5}, {"kernel_size": 5}),
+        ({"hidden_channels": 3}, {"hidden_channels": 3}),
+        ({"mlp_bias": True}, {}),
+        ({"init": "default", "mlp_bias": True}, {"init": "default", "mlp_bias": True}),
+        ({"init": "default", "conv_bias": True}, {"init": "default", "conv_bias": True}),
+        ({"init": "default"}, {"init": "default"}),
+        ({"norm_layer": None}, {}),
+        ({"norm_layer": "batchnorm"}, {"norm_layer": nn.BatchNorm2d}),
+        ({"norm_layer": nn.BatchNorm2d}, {"norm_layer": nn.BatchNorm2d}),
         (
             {"norm_layer": "instancenorm"},
-            cbam_ext.CBAM(32, norm_layer=functools.partial(nn.InstanceNorm2d, affine=True)),
+            {"norm_layer": functools.partial(nn.InstanceNorm2d, affine=True)},
         ),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
+    ids=["none", "reduction", "kernel_size", "hidden_channels", "mlp_bias", "init and mlp_bias",
+         "init and conv_bias", "init", "no norm", "batchnorm", "BatchNorm2d", "instancenorm"],
+)  # fmt: skip
 def test_options_reach_the_module(options, expected, registered):
+    expected = cbam_ext.CBAM(32, **{"init": "identity", **expected})
     given = {"type": "cbam", **options}
     model = build(given)
     assert given == {"type": "cbam", **options}  # the caller's dict is not changed
@@ -283,8 +298,8 @@ def test_the_model_computes_what_the_reference_does(registered, monkeypatch):
 @pytest.mark.parametrize("architecture", [smp.Unet, smp.UnetPlusPlus])
 def test_initialisation_by_smp_leaves_gates_open_and_alive(architecture, registered):
     """smp re-initialises every layer of a decoder after it was built."""
-    kind = {"type": "cbam", "norm_layer": "batchnorm"}
-    model = build(kind, architecture, decoder_channels=(256, 128, 64, 32, 16))
+    kind = {"type": "cbam", "norm_layer": "batchnorm", "init": "default"}
+    model = build_new(kind, architecture, decoder_channels=(256, 128, 64, 32, 16))
     varied = []
     for module in cbams(model):
         for parameter in module.parameters():
