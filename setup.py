@@ -48,8 +48,11 @@ def build_options() -> dict:
         return {}
     plan = compile_.plan()
     return {
-        "ext_modules": compile_.extensions(plan, ROOT, python_module=True),
-        "cmdclass": {"build_ext": compile_.build_command(plan)},
+        "ext_modules": compile_.extensions(plan, ROOT),
+        "cmdclass": {
+            "bdist_wheel": compile_.wheel_command(),
+            "build_ext": compile_.build_command(plan),
+        },
     }
 
 

@@ -55,7 +55,9 @@ from bench.machine_code.compilation import (
     InspectionError,
     kernel_sources,
     kernels_of,
+    kernels_of_build,
     known_archs,
+    machine_name,
     nvcc_version,
 )
 from bench.machine_code.limits import ARCHS, ARCHS_OF_LOOPS, complaints, inspect
@@ -68,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         archs = known_archs(ARCHS) if options.archs == ["all"] else options.archs
-        found = kernels_of(options.files, archs)
+        # What the build has compiled already is not compiled again.
+        found = kernels_of_build(LIBRARY, archs) if options.all_sources else []
+        rest = [arch for arch in archs if machine_name(arch) not in {each.arch for each in found}]
+        found += kernels_of(options.files, rest)
         compiler = nvcc_version() if options.all_sources else ""
     except (InspectionError, decisions.BuildError) as error:
         print(f"inspect_cuda: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 Carriers = ops.Carriers
 
 _warned: set[str] = set()
+_obstacles: dict[int, str] = {}  # by the index of a CUDA device, which is asked once
 
 
 def cbam(
@@ -175,15 +176,27 @@ def use_kernels(input: Tensor) -> bool:
         return False  # the reference's checks explain
     if ops.is_recorded() and torch.onnx.is_in_onnx_export():
         return False  # its exporters know PyTorch's own operators alone
-    device = input.device.type
-    if ops.has_kernels(device):
-        return True
-    if device not in _warned and not torch.compiler.is_compiling():
-        _warned.add(device)
+    device = input.device
+    if ops.has_kernels(device.type):
+        # Compiled code calls the operator, which explains itself when it runs.
+        if device.type != "cuda" or torch.compiler.is_compiling() or not _obstacle(device.index):
+            return True
+        name, reason = str(device), _obstacle(device.index)
+    else:
+        name, reason = device.type, ""
+    if name not in _warned and not torch.compiler.is_compiling():
+        _warned.add(name)
         warnings.warn(
-            f"{library.no_kernel_reason(device)} Until then CBAM runs as plain PyTorch: "
+            f"{reason or library.no_kernel_reason(name)} Until then CBAM runs as plain PyTorch: "
             "the same results, but slower.",
             UserWarning,
             stacklevel=4,  # the caller of the function that asks through _run()
         )
     return False
+
+
+def _obstacle(index: int) -> str:
+    """Why this GPU, or its driver, cannot run the CUDA kernels that are there; empty if it can."""
+    if index not in _obstacles:
+        _obstacles[index] = library.device_reason(index)
+    return _obstacles[index]

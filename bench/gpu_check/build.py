@@ -80,7 +80,7 @@ def fits(info: dict, device: str, arch: str) -> bool:
 
 
 def _carried_fits(device: str, arch: str) -> bool:
-    facts = FOLDER / "cbam_ext" / "build_info.json"
+    facts = FOLDER / "cbam_ext" / decisions.FACTS
     return facts.is_file() and fits(json.loads(facts.read_text()), device, arch)
 
 
@@ -116,10 +116,7 @@ def _compile(device: str, arch: str) -> None:
 
 
 def _put_in_place() -> None:
-    # The module tells facts of another build.
-    for stale in library.PACKAGE.glob("_C*.so"):
-        stale.unlink()
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, decisions.FACTS):
         built = FOLDER / "cbam_ext" / name
         if built.is_file():
             # Never written over: a process that has it loaded would crash.

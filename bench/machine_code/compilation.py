@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,25 @@ def kernels_of(files: Iterable[Path], archs: Iterable[str]) -> list[Kernel]:
             else:
                 work.append(pool.submit(_read, file, cuobjdump))
         return [kernel for each in work for kernel in each.result()]
+
+
+def kernels_of_build(library: Path, archs: Iterable[str]) -> list[Kernel]:
+    """Those of a built library; none if it is of other sources, or of another nvcc."""
+    try:
+        facts = json.loads((library.parent / decisions.FACTS).read_text())
+    except OSError:
+        return []
+    here = {"source_hash": decisions.source_hash(), "cuda": _toolkit().version}
+    here["cuda_flags"] = " ".join(decisions.NVCC_FLAGS)
+    if any(facts[name] != value for name, value in here.items()) or not library.is_file():
+        return []
+    wanted = {machine_name(arch) for arch in archs}
+    return [kernel for kernel in _read(library, find_cuobjdump()) if kernel.arch in wanted]
+
+
+def machine_name(arch: str) -> str:
+    """What a kernel's ``arch`` is for a compute capability: "sm_80" for "8.0"."""
+    return f"sm_{arch.replace('.', '')}"
 
 
 def _compile_and_read(source: Path, arch: str, target: Path, cuobjdump: Path) -> list[Kernel]:

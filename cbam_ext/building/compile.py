@@ -10,9 +10,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,14 @@ def find_compiler(env: Mapping[str, str] = os.environ) -> str:
 
 
 def plan() -> CudaPlan:
-    """Decide about CUDA for the torch that is installed here, and make torch use that toolkit."""
+    """Decide about CUDA beside the torch that is installed here; make it use that toolkit."""
     import torch
 
     decided = decisions.plan_cuda(torch.__version__, torch.version.cuda)
     if decided.toolkit:
+        # torch refuses an nvcc of another CUDA than its own, for the sake of extensions that share
+        # a runtime with it. Ours brings its own, and takes nothing of torch but headers.
+        torch.version.cuda = decided.toolkit.version
         # torch guesses this folder from nvcc's path when cpp_extension is imported, which is wrong
         # for wrapper scripts.
         os.environ["CUDA_HOME"] = str(decided.toolkit.home)
@@ -86,11 +90,13 @@ def announce(decided: CudaPlan) -> None:
         )
     else:
         text = f"building CPU kernels only: {decided.reason}"
+        if decided.remedy:
+            text += f"; to build the CUDA kernels, {decided.remedy}"
     print(f"cbam_ext: {text}", file=sys.stderr, flush=True)
 
 
 def build_info(decided: CudaPlan) -> dict[str, Any]:
-    """The facts of a build, kept with the libraries: what `_C.build_info()` returns."""
+    """The facts of a build, kept beside the libraries: what was decided, with what it was made."""
     import torch
 
     compiler = find_compiler()
@@ -98,34 +104,19 @@ def build_info(decided: CudaPlan) -> dict[str, Any]:
         "version": _version.__version__,
         "source_hash": decisions.source_hash(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "compiler": decisions.first_line([*compiler.split(), "--version"]),
         "flags": " ".join(decisions.cxx_flags()),
         "cuda": decided.toolkit.version if decided.toolkit else None,
         "cuda_flags": " ".join(decisions.NVCC_FLAGS) if decided.toolkit else None,
         "cuda_archs": list(decided.archs),
+        "without_cuda_because": decided.reason or None,
     }
 
 
-def extensions(decided: CudaPlan, root: Path, *, python_module: bool) -> list[Extension]:
-    """The libraries to build, with sources relative to `root`; `_C` if `python_module`."""
-    found = [_library("cpu", decided, root)]
-    if decided.toolkit:
-        found.append(_library("cuda", decided, root))
-    if python_module:
-        import pybind11
-        from setuptools import Extension
-
-        found.append(
-            Extension(
-                "cbam_ext._C",
-                _relative("python", root),
-                include_dirs=[pybind11.get_include()],
-                extra_compile_args={"cxx": decisions.cxx_flags()},
-                language="c++",
-            )
-        )
-    return found
+def extensions(decided: CudaPlan, root: Path) -> list[Extension]:
+    """The libraries to build, with sources relative to `root`."""
+    kinds = ("cpu", "cuda") if decided.toolkit else ("cpu",)
+    return [_library(kind, decided, root) for kind in kinds]
 
 
 def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
@@ -136,6 +127,7 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
         f"-ffile-prefix-map={decisions.source_dir().parent}{os.sep}=",
         # As system headers, torch's give no warnings.
         *(f"-isystem{path}" for path in include_paths()),
+        f'-DCBAM_VERSION="{_version.__version__}"',
         *decisions.cxx_flags(),
     ]
     options: dict[str, Any] = {
@@ -143,7 +135,8 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
         # one library serves every CPython.
         "py_limited_api": True,
         "extra_compile_args": {"cxx": cxx_flags},
-        "extra_link_args": ["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        # glibc before 2.34 has some of its functions in libdl.
+        "extra_link_args": ["-Wl,--as-needed", "-ldl"] if sys.platform == "linux" else [],
     }
     if kind == "cuda":
         assert decided.toolkit is not None
@@ -193,47 +186,77 @@ def build_command(decided: CudaPlan) -> type[Command]:
             return super().get_ext_filename(ext_name)
 
         def run(self) -> None:
-            if decided.toolkit is None:
-                self._remove_cuda_library()
+            if self.editable_mode:
+                # Where other builds have theirs, not in a folder that is thrown away: so the next
+                # one compiles what has changed.
+                tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = os.path.join("build", f"temp.{tag}")
+            self._remove_earlier_build()
             super().run()
+            # Last, so that its presence says that the build is complete.
+            for folder in self._folders():
+                if (folder / "libcbam_cpu.so").is_file():
+                    _write_facts(folder, decided)
 
         def build_extensions(self) -> None:
             os.environ["CXX"] = find_compiler()
             announce(decided)
-            header = Path(self.build_temp, "build_info.h").absolute()
-            _write_header(header, build_info(decided))
             for extension in self.extensions:
-                if extension.name.endswith("._C"):
-                    extension.include_dirs.append(str(header.parent))
-                    extension.depends.append(str(header))
+                if "torch_cuda" in extension.libraries:
+                    extension.library_dirs += _torch_cuda_folder(Path(self.build_temp))
             try:
                 super().build_extensions()
             except RuntimeError as error:  # from torch, with the compilers' output
                 raise CompileError(str(error)) from error
 
-        def _remove_cuda_library(self) -> None:
-            # One left over from an earlier build would be packed, or loaded, with this one.
+        def _folders(self) -> list[Path]:
             folders = [Path(self.build_lib, "cbam_ext")]
             if self.inplace or self.editable_mode:
                 folders.append(Path(__file__).parent.parent)
-            for folder in folders:
-                (folder / "libcbam_cuda.so").unlink(missing_ok=True)
+            return folders
+
+        def _remove_earlier_build(self) -> None:
+            # What it left would be packed, or loaded, with this one.
+            for folder in self._folders():
+                (folder / decisions.FACTS).unlink(missing_ok=True)
+                if decided.toolkit is None:
+                    (folder / "libcbam_cuda.so").unlink(missing_ok=True)
 
     return BuildLibraries
 
 
-def _write_header(path: Path, info: dict[str, Any]) -> None:
-    text = (
-        "// Written by the build: its facts as JSON, compiled into the Python module.\n"
-        f'#pragma once\nconstexpr char kBuildInfo[] = R"json({json.dumps(info, indent=1)})json";\n'
-    )
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def _torch_cuda_folder(temporary: Path) -> list[str]:
+    """A folder with something to link in the place of libtorch_cuda, where this torch has none."""
+    from torch.utils.cpp_extension import library_paths
+
+    if any(Path(folder, "libtorch_cuda.so").is_file() for folder in library_paths()):
+        return []
+    # The library only has to say which one it needs; what is in it, it finds when it is loaded.
+    folder = temporary / "no_torch_cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    stand_in = folder / "libtorch_cuda.so"
+    command = [*find_compiler().split(), "-shared", "-x", "c++", os.devnull, "-o", str(stand_in)]
+    subprocess.run([*command, f"-Wl,-soname,{stand_in.name}"], check=True)
+    return [str(folder)]
+
+
+def wheel_command() -> type[Command]:
+    """The bdist_wheel command, for a wheel that serves any Python: nothing in it speaks of one."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class AnyPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return ("py3", "none", super().get_tag()[2])
+
+    return AnyPython
+
+
+def _write_facts(folder: Path, decided: CudaPlan) -> None:
+    (folder / decisions.FACTS).write_text(json.dumps(build_info(decided), indent=1) + "\n")
 
 
 def main(folder: Path) -> None:
-    """Build the libraries without the Python module into `folder`, and their facts beside them."""
+    """Build the libraries into `folder`, and their facts beside them."""
     from setuptools import setup
 
     check_requirements()
@@ -241,11 +264,9 @@ def main(folder: Path) -> None:
     setup(
         name="cbam_ext",
         script_args=["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tmp")],
-        ext_modules=extensions(decided, Path.cwd(), python_module=False),
+        ext_modules=extensions(decided, Path.cwd()),
         cmdclass={"build_ext": build_command(decided)},
     )
-    # Last, so that its presence says that the build is complete.
-    (folder / "cbam_ext" / "build_info.json").write_text(json.dumps(build_info(decided), indent=1))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,20 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 10)
+FACTS = "build_info.json"  # the file beside the libraries that tells how they were built
+# 11.8 miscompiles one of the kernels: gradients are wrong, and nothing complains.
+MINIMUM_CUDA = 12
+# The NVIDIA drivers that run what a CUDA of this major version makes, its runtime included.
+DRIVER_SERIES = {12: 525, 13: 580}
+# Brings a CUDA 13 toolkit, as the extra "cuda" does: nvcc, and by its requirements the rest.
+PIP_TOOLKIT = "pip install nvidia-cuda-nvcc nvidia-cuda-cccl"
 
 # -g0 because Python's own flags often ask for debug information, which triples the files.
 CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -61,7 +70,7 @@ def source_dir() -> Path:
 
 
 def sources(library: str) -> list[Path]:
-    """The files of one library ("cpu", "cuda" or "python") as listed in sources.txt."""
+    """The files of one library ("cpu" or "cuda") as listed in sources.txt."""
     folder = source_dir()
     files = []
     for line in (folder / "sources.txt").read_text().splitlines():
@@ -106,35 +115,62 @@ class Toolkit:
 
 
 def find_toolkit(
-    env: Mapping[str, str] = os.environ, usual_places: Path = Path("/usr/local")
+    env: Mapping[str, str] = os.environ,
+    usual_places: Path = Path("/usr/local"),
+    packages: Iterable[Path] | None = None,
 ) -> tuple[Toolkit | None, str]:
     """Find a complete CUDA toolkit; without one, say in a phrase what was looked at.
 
     CUDA_HOME (or CUDA_PATH) decides alone when set. Otherwise the nvcc on PATH is asked where it
-    lives, since it may be a wrapper script or a link, and then /usr/local/cuda* is looked at.
+    lives, since it may be a wrapper script or a link, and then /usr/local/cuda* is looked at, and
+    what pip has installed in `packages` (default: :func:`package_folders`).
     """
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if env.get(name):
             toolkit, problem = _inspect(Path(env[name]))
             return toolkit, f"{name}={env[name]} {problem}"
+    if packages is None:
+        packages = package_folders(env)
     problems = []
-    for home in _candidate_homes(env, usual_places):
+    for home in _candidate_homes(env, usual_places, packages):
         toolkit, problem = _inspect(home)
         if toolkit:
             return toolkit, ""
         problems.append(f"{home} {problem}")
-    nothing = f"no nvcc on PATH and no CUDA toolkit in {usual_places}"
-    return None, "; ".join(problems) or nothing
+    nothing = f"no nvcc on PATH, no CUDA toolkit in {usual_places}, none from pip"
+    return None, "; ".join(dict.fromkeys(problems)) or nothing
 
 
-def _candidate_homes(env: Mapping[str, str], usual_places: Path) -> Iterator[Path]:
+def package_folders(env: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where pip may have put packages for this process, or for the one that it builds for.
+
+    A build in isolation sees its own packages alone: those of the interpreter it was started by,
+    and of the active environment, are looked at all the same.
+    """
+    folders = [Path(entry) for entry in sys.path if entry]
+    folders += [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    if env.get("VIRTUAL_ENV"):
+        folders += sorted(Path(env["VIRTUAL_ENV"]).glob("lib/python*/site-packages"))
+    return list(dict.fromkeys(folders))
+
+
+def _candidate_homes(
+    env: Mapping[str, str], usual_places: Path, packages: Iterable[Path]
+) -> Iterator[Path]:
     nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
     if nvcc:
         yield from _homes_of_nvcc(nvcc)
     if (usual_places / "cuda").is_dir():
         yield usual_places / "cuda"
-    versioned = [p for p in usual_places.glob("cuda-*") if p.is_dir()]
-    yield from sorted(versioned, key=lambda p: _numbers(p.name), reverse=True)
+    yield from _newest_first(usual_places.glob("cuda-*"))
+    for folder in packages:
+        # The libraries that torch brings lie there too, mostly without a compiler.
+        homes = folder.glob("nvidia/cu[0-9]*")
+        yield from _newest_first(home for home in homes if (home / "bin" / "nvcc").is_file())
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    return sorted((f for f in folders if f.is_dir()), key=lambda f: _numbers(f.name), reverse=True)
 
 
 def _homes_of_nvcc(nvcc: str) -> Iterator[Path]:
@@ -161,7 +197,13 @@ def _inspect(home: Path) -> tuple[Toolkit | None, str]:
     release = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
     if release is None:
         return None, "has an nvcc that does not tell its version"
-    return Toolkit(home, release.group(1), include, library), ""
+    toolkit = Toolkit(home, release.group(1), include, library)
+    if toolkit.major < MINIMUM_CUDA:
+        return None, (
+            f"is CUDA {toolkit.version}, and {MINIMUM_CUDA}.0 or newer is needed (11.8 miscompiles "
+            "one of the kernels)"
+        )
+    return toolkit, ""
 
 
 def _first(home: Path, folders: tuple[str, ...], file: str) -> Path | None:
@@ -273,15 +315,19 @@ def _covers(arch: str, capability: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class CudaPlan:
-    """Build the CUDA library with `toolkit` for `archs`; or without one, because of `reason`."""
+    """Build the CUDA library with `toolkit` for `archs`; or without one, because of `reason`.
+
+    `remedy` says what to do for it to be built; empty where that was not wanted.
+    """
 
     toolkit: Toolkit | None
     archs: tuple[str, ...]
     reason: str
+    remedy: str = ""
 
 
 def force_cuda(env: Mapping[str, str] = os.environ) -> bool | None:
-    """FORCE_CUDA: True (must), False (never) or None (if a fitting toolkit is there)."""
+    """FORCE_CUDA: True (must), False (never) or None (if a toolkit is there)."""
     value = env.get("FORCE_CUDA", "").strip()
     if value not in ("", "0", "1"):
         raise BuildError(f"FORCE_CUDA={value} is not understood: use 0, 1, or leave it unset.")
@@ -293,46 +339,34 @@ def plan_cuda(
     torch_cuda: str | None,
     env: Mapping[str, str] = os.environ,
     usual_places: Path = Path("/usr/local"),
+    packages: Iterable[Path] | None = None,
 ) -> CudaPlan:
-    """Decide about the CUDA library for a torch of this version, built with CUDA `torch_cuda`."""
+    """Decide about the CUDA library, built beside a torch of this version and CUDA `torch_cuda`.
+
+    Only headers of that torch are used, and the CUDA runtime is linked in. So its CUDA need not be
+    the toolkit's, and the library runs under any other torch.
+    """
     forced = force_cuda(env)
     if forced is False:
         return CudaPlan(None, (), "FORCE_CUDA=0")
-    try:
-        toolkit = _fitting_toolkit(torch_version, torch_cuda, env, usual_places)
-    except _NoCuda as obstacle:
-        problem, remedy = obstacle.args
-        if forced:
-            raise BuildError(f"FORCE_CUDA=1, but {problem}. To mend it, {remedy}.") from None
-        return CudaPlan(None, (), f"{problem}; to build the CUDA kernels, {remedy}")
-    return CudaPlan(toolkit, cuda_archs(nvcc_archs(toolkit.nvcc), env), "")
-
-
-class _NoCuda(Exception):  # noqa: N818
-    """The CUDA library cannot be built; arguments: the problem, the remedy."""
-
-
-def _fitting_toolkit(
-    torch_version: str, torch_cuda: str | None, env: Mapping[str, str], usual_places: Path
-) -> Toolkit:
-    if torch_cuda is None:
-        raise _NoCuda(
+    if torch_cuda is None and not forced:
+        return CudaPlan(
+            None,
+            (),
             f"torch {torch_version} is a build without CUDA",
-            "install a CUDA build of torch (https://pytorch.org/get-started/locally)",
+            "install a CUDA build of torch (https://pytorch.org/get-started/locally), or set "
+            "FORCE_CUDA=1, which builds them for another torch",
         )
-    toolkit, missing = find_toolkit(env, usual_places)
-    if toolkit is None:
-        raise _NoCuda(
-            f"no CUDA toolkit found ({missing})",
-            f"install the CUDA {torch_cuda} toolkit (conda install -c nvidia "
-            f"cuda-toolkit={torch_cuda}) and set CUDA_HOME to its folder",
-        )
-    if toolkit.major != _numbers(torch_cuda)[0]:
-        raise _NoCuda(
-            f"torch {torch_version} was built with CUDA {torch_cuda}, "
-            f"but {toolkit.nvcc} is CUDA {toolkit.version}",
-            f"set CUDA_HOME to a CUDA {torch_cuda} toolkit, or install a torch for CUDA "
-            f"{toolkit.version}: pip install torch --index-url "
-            f"https://download.pytorch.org/whl/cu{toolkit.version.replace('.', '')}",
-        )
-    return toolkit
+    toolkit, missing = find_toolkit(env, usual_places, packages)
+    if toolkit is not None:
+        return CudaPlan(toolkit, cuda_archs(nvcc_archs(toolkit.nvcc), env), "")
+    problem = f"no CUDA toolkit was found ({missing})"
+    if forced:
+        raise BuildError(f"FORCE_CUDA=1, but {problem}. To mend it, {TOOLKIT_REMEDY}.")
+    return CudaPlan(None, (), problem, TOOLKIT_REMEDY)
+
+
+TOOLKIT_REMEDY = (
+    f'{PIP_TOOLKIT} (which is what "cbam_ext[cuda]" brings), or set CUDA_HOME to the folder of a '
+    f"CUDA {MINIMUM_CUDA} toolkit or a newer one"
+)

@@ -49,8 +49,9 @@ def build(verbose: bool = False) -> tuple[Path, dict[str, Any]]:
         with _locked(folder / "lock"):
             if not _is_complete(folder):  # another process may have built it meanwhile
                 _compile(folder, plan, verbose)
-    info = _info_file(folder)
-    return info.parent, json.loads(info.read_text())
+    file = _info_file(folder)
+    # Without CUDA one build serves, whatever the reason was when it was made.
+    return file.parent, json.loads(file.read_text()) | {"without_cuda_because": plan.reason or None}
 
 
 def cache_root() -> Path:
@@ -95,7 +96,7 @@ def _plan() -> CudaPlan:
 
 
 def _info_file(folder: Path) -> Path:
-    return folder / "cbam_ext" / "build_info.json"
+    return folder / "cbam_ext" / decisions.FACTS
 
 
 def _is_complete(folder: Path) -> bool:

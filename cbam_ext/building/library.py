@@ -7,6 +7,9 @@ is opened.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import decisions
+from . import decisions, files
 
 PACKAGE = Path(__file__).resolve().parent.parent  # where the libraries lie
 CPU_LIBRARY = "libcbam_cpu.so"
@@ -64,7 +67,7 @@ def load(folder: Path = PACKAGE, info: dict[str, Any] | None = None) -> None:
         _status.cpu, _status.cpu_error = _open(folder / CPU_LIBRARY)
         if _status.cpu is None:
             return
-        _status.info = _module_build_info() if info is None else info
+        _status.info = _facts(folder) if info is None else info
     if torch_has_cuda() and not _has_operator("cbam::_cuda_arch"):
         _status.cuda, _status.cuda_error = _open(folder / CUDA_LIBRARY)
 
@@ -72,6 +75,8 @@ def load(folder: Path = PACKAGE, info: dict[str, Any] | None = None) -> None:
 def _open(path: Path) -> tuple[Path | None, str]:
     if not path.is_file():
         return None, ""
+    if problem := files.fault(path):
+        return None, f"{path} {problem}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -80,12 +85,13 @@ def _open(path: Path) -> tuple[Path | None, str]:
     return path, ""
 
 
-def _module_build_info() -> dict[str, Any]:
+def _facts(folder: Path) -> dict[str, Any]:
+    """How the libraries in this folder were built; empty if they are another tool's."""
     try:
-        from .. import _C  # type: ignore[attr-defined]
-    except ImportError:  # built by another tool, or for another Python
+        facts = json.loads((folder / decisions.FACTS).read_text())
+    except (OSError, ValueError):
         return {}
-    return _C.build_info()
+    return facts if isinstance(facts, dict) else {}
 
 
 # --- explanations --------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def _missing_reason() -> str:
             f'{torch.__version__}: pip install -U "torch>={minimum}"'
         )
     if _status.cpu_error:
-        return f"{_status.cpu_error}\nTo mend it, {_rebuild_advice()}."
+        return f"{_status.cpu_error}. To mend it, {_rebuild_advice()}."
     built = _shadowed_install()
     if built is not None:
         return (
@@ -128,17 +134,56 @@ def _missing_reason() -> str:
 def _missing_cuda_reason() -> str:
     """Why the CUDA library is not there, although that for the CPU is loaded."""
     if _status.cuda_error:
-        return f"{_status.cuda_error}\nTo mend it, {_rebuild_advice('FORCE_CUDA=1 ')}."
+        return f"{_status.cuda_error}. To mend it, {_rebuild_advice('FORCE_CUDA=1 ')}."
     if not torch_has_cuda():
         return f"cbam_ext has kernels for CUDA; torch {torch.__version__} was built without it."
     folder = _status.cpu.parent if _status.cpu else PACKAGE
+    because = _status.info.get("without_cuda_because") or f"no {CUDA_LIBRARY} in {folder}"
+    steps = [] if decisions.find_toolkit()[0] else [decisions.TOOLKIT_REMEDY]
     if folder == PACKAGE:
-        advice = _rebuild_advice("FORCE_CUDA=1 ")
+        steps.append(_rebuild_advice("FORCE_CUDA=1 "))
     else:  # compiled at run time
-        advice = "call cbam_ext.load() in a new process, with FORCE_CUDA=1 in its environment"
+        steps.append("call cbam_ext.load() in a new process, with FORCE_CUDA=1 in its environment")
     return (
-        f"this cbam_ext was built without CUDA kernels (no {CUDA_LIBRARY} in {folder}): to have "
-        f"them, install the CUDA {torch.version.cuda} toolkit and {advice}."
+        f"this cbam_ext was built without CUDA kernels ({because}). "
+        f"To have them, {', and '.join(steps)}."
+    )
+
+
+def device_reason(index: int) -> str:
+    """Why the CUDA library, which is there, cannot serve this device; empty if it can."""
+    if not torch.cuda.is_available():  # a tensor without memory: nothing will run
+        return ""
+    return old_driver_reason() or missing_arch_reason(torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver here can do; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
+def old_driver_reason() -> str:
+    """Why the CUDA library does not run on the driver that is here; empty if it does."""
+    built, driver = _status.info.get("cuda"), driver_version()
+    if not built or driver is None:
+        return ""
+    major = decisions.version_tuple(built)[0]
+    if driver[0] >= major:
+        return ""
+    series = decisions.DRIVER_SERIES.get(major)
+    needed = f"of the {series} series or newer" if series else f"for CUDA {major}"
+    return (
+        f"cbam_ext's CUDA kernels were built with CUDA {built} and need an NVIDIA driver {needed}, "
+        f"but the one here is for CUDA up to {driver[0]}.{driver[1]}: update the driver, or build "
+        f"with a toolkit of CUDA {driver[0]}: "
+        + _rebuild_advice("FORCE_CUDA=1 CUDA_HOME=TOOLKIT ")
+        + "."
     )
 
 
@@ -165,9 +210,19 @@ def _rebuild_advice(environment: str = "") -> str:
             f"run in a checkout of cbam_ext: {environment}pip install --no-build-isolation "
             "--force-reinstall --no-deps ."
         )
+        if not environment and _is_from_wheel():
+            command = (
+                f"install its wheel again (pip install --force-reinstall --no-deps), or {command}"
+            )
     if environment or is_loaded():
         return command
     return f"call cbam_ext.load(), which compiles them now, or {command}"
+
+
+def _is_from_wheel() -> bool:
+    """Whether this is the wheel for everybody, not a build of this machine."""
+    tags = PACKAGE.parent.glob("cbam_ext-*.dist-info/WHEEL")
+    return any("manylinux" in path.read_text() for path in tags)
 
 
 def _shadowed_install() -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -58,9 +57,10 @@ def _cuda_facts(status: library.Status) -> dict[str, Any]:
 
 
 def _driver_facts() -> str:
-    version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return f"for CUDA up to {version.value // 1000}.{version.value % 1000 // 10}"
+    version = library.driver_version()
+    if version is None:
+        return "none"
+    return library.old_driver_reason() or "for CUDA up to {}.{}".format(*version)
 
 
 def _gpu_facts() -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 // The device: what the launch plan asks of it, and whether this library has code for it.
 
+#include "device.h"
+
 #include <array>
 #include <mutex>
 #include <optional>
 
-#include "launch.cuh"
+#include "errors.cuh"
+#include "kernels.h"
 
 namespace cbam::cuda {
 namespace {
@@ -22,29 +25,55 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+std::string version_text(int version) {  // 12040 for CUDA 12.4
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+[[noreturn]] void refuse(const std::string& problem, const std::string& settings) {
+  throw std::runtime_error("cbam: " + problem + ", in a checkout of cbam_ext: FORCE_CUDA=1 " +
+                           settings +
+                           " pip install --no-build-isolation --force-reinstall --no-deps .");
+}
+
+// The runtime is linked in, so it is as new as the toolkit was.
+int check_driver() {
+  constexpr int kMajor = CUDART_VERSION / 1000;
+  const std::string needed = kMajor == 12   ? "a driver of the 525 series or newer"
+                             : kMajor == 13 ? "a driver of the 580 series or newer"
+                                            : "a newer driver";
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (driver / 1000 < kMajor) {
+    refuse("cbam_ext's CUDA kernels were built with CUDA " + version_text(CUDART_VERSION) +
+               " and need " + needed + ", but the one here is for CUDA up to " +
+               version_text(driver) + ". Update it, or build with a toolkit of CUDA " +
+               std::to_string(driver / 1000),
+           "CUDA_HOME=TOOLKIT");
+  }
+  return driver;
+}
+
 Device query(int index) {
+  const int driver = check_driver();
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
   cudaFuncAttributes code = {};
   const cudaError_t found =
       cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(arch_kernel));
-  if (found != cudaSuccess) {
+  if (is_unfit(found)) {
     cudaGetLastError();  // or the next to ask would be told
     const std::string number = std::to_string(major) + "." + std::to_string(minor);
-    throw std::runtime_error(
-        "cbam: this GPU has compute capability " + number +
-        ", but cbam_ext's CUDA kernels were built for " CBAM_CUDA_ARCHS " (" +
-        cudaGetErrorString(found) +
-        "). Build them for it, in a checkout of cbam_ext: FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=\"" +
-        number + "\" pip install --no-build-isolation --force-reinstall --no-deps .");
+    refuse("this GPU has compute capability " + number +
+               ", but cbam_ext's CUDA kernels were built for " CBAM_CUDA_ARCHS " (" +
+               cudaGetErrorString(found) + "). Build them for it",
+           "TORCH_CUDA_ARCH_LIST=\"" + number + "\"");
   }
+  check(found, "cudaFuncGetAttributes");
   Device device;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   // Code that was compiled for less does not wait for the launch before it, see platform.cuh.
   // Drivers before 12.3 cannot capture dependent launches into graphs.
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   device.dependent_launch = major >= 9 && code.ptxVersion >= 90 && driver >= 12030;
   return device;
 }
@@ -62,8 +91,10 @@ Device device_properties(int index) {
 }
 
 int32_t running_arch(int32_t* out, cudaStream_t stream) {
-  arch_kernel<<<1, 1, 0, stream>>>(out);
-  check(cudaGetLastError(), "launch of a kernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = config.blockDim = dim3(1);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, arch_kernel, out), "launch of a kernel");
   int32_t arch = 0;
   check(cudaMemcpyAsync(&arch, out, sizeof(arch), cudaMemcpyDeviceToHost, stream), "copy to host");
   check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

@@ -1,19 +1,11 @@
 // The one place that launches kernels.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
+#include "errors.cuh"
 #include "kernels.h"
 #include "platform.cuh"
 
 namespace cbam::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next to ask would be told
-  throw std::runtime_error(std::string("cbam: ") + what + ": " + cudaGetErrorString(error));
-}
 
 // Launches of one operator call, in order, on one stream.
 class Launcher {

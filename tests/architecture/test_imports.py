@@ -82,7 +82,7 @@ def _resolved(package: Path, file: tuple[str, ...], node: ast.ImportFrom) -> Ite
     inside = [n for n in names if _is_module(package.joinpath(*module, n))]
     for name in inside:  # from . import reference
         yield Import(file, (*module, name), ())
-    others = tuple(n for n in names if n not in inside and n != "_C")  # the compiled one
+    others = tuple(n for n in names if n not in inside)
     if others:
         yield Import(file, module or ("__init__",), others)
 

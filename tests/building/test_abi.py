@@ -78,14 +78,12 @@ def stable_functions(version: str) -> frozenset[str]:
 
 
 def foreign_symbols(library: Path) -> set[str]:
-    """The symbols that come neither from the stable ABI nor from C, C++ or Python."""
+    """The symbols that come neither from the stable ABI nor from C or C++."""
     # By what is allowed and not by what is forbidden: that libtorch exports a symbol does not make
     # it libtorch's (its wheels hold parts of the C++ runtime), and what it exports beside C++
     # functions of at:: and c10:: (BLAS, for one) is as little for others to use.
     runtimes = [ctypes.CDLL(name) for name in needed(library) - torchs_libraries()]
     wanted = undefined_symbols(library) - stable_functions(target_version()) - WEAK
-    if library.name.startswith("_C."):
-        wanted = {name for name in wanted if not re.match("_?Py", name)}
     return {name for name in wanted if not any(defines(runtime, name) for runtime in runtimes)}
 
 
@@ -132,7 +130,7 @@ def test_needed_libraries(library: Path) -> None:
     allowed = {
         libraries.CPU_LIBRARY: LINKED,
         libraries.CUDA_LIBRARY: LINKED | {"libtorch_cuda.so"},
-    }.get(library.name, set())  # the Python module only holds the facts of the build
+    }[library.name]
     assert needed(library) & torchs_libraries() <= allowed
     # Any Python loads them; the CUDA runtime is linked in.
     assert [name for name in needed(library) if re.match("libpython|libcud", name)] == []
@@ -142,7 +140,7 @@ def test_needed_libraries(library: Path) -> None:
 def test_nobody_else_sees_our_functions(library: Path) -> None:
     """Two libraries with the same ones, of another version say, do not take each other's."""
     lines = output("nm", "--dynamic", "--defined-only", "--demangle", library).splitlines()
-    assert [line for line in lines if re.search(r"\bcbam(::|_)|\bPyInit_(?!_C$)", line)] == []
+    assert [line for line in lines if re.search(r"\bcbam(::|_)|\bPyInit_", line)] == []
 
 
 # --------------------------------------------------------------- the audit finds what it is for

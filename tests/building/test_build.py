@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
-def make_toolkit(home: Path, version: str = "13.0") -> Path:
+def make_toolkit(home: Path, version: str = "13.0", library: str = "lib64") -> Path:
     """A folder that looks like a CUDA toolkit, with an nvcc that answers questions."""
     write_script(home / "bin" / "nvcc", NVCC.format(version=version, home=home))
-    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+    for file in ("include/cuda_runtime.h", f"{library}/libcudart_static.a"):
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).touch()
     return home
@@ -104,14 +105,53 @@ class TestToolkit:
         assert toolkit.version == "13.0"
 
     def test_nothing(self, nowhere: Path) -> None:
-        toolkit, missing = decisions.find_toolkit({}, nowhere)
+        toolkit, missing = decisions.find_toolkit({}, nowhere, [])
         assert toolkit is None
         assert "no nvcc on PATH" in missing
+
+    def test_from_pip_newest_first(self, tmp_path: Path, nowhere: Path) -> None:
+        """As NVIDIA's packages lay it; torch brings the libraries, without a compiler."""
+        packages = tmp_path / "site-packages"
+        (packages / "nvidia" / "cu14" / "lib").mkdir(parents=True)
+        for name, version in (("cu9", "9.2"), ("cu12", "12.9"), ("cu13", "13.5")):
+            make_toolkit(packages / "nvidia" / name, version, "lib")
+        toolkit, _ = decisions.find_toolkit({}, nowhere, [tmp_path / "none", packages])
+        assert toolkit is not None
+        assert (toolkit.version, toolkit.library) == ("13.5", packages / "nvidia" / "cu13" / "lib")
+
+    def test_the_system_comes_before_pip(self, tmp_path: Path, nowhere: Path) -> None:
+        make_toolkit(tmp_path / "nvidia" / "cu13", "13.5")
+        make_toolkit(nowhere / "cuda", "12.8")
+        toolkit, _ = decisions.find_toolkit({}, nowhere, [tmp_path])
+        assert toolkit is not None
+        assert toolkit.version == "12.8"
+
+    def test_folders_of_packages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the process, of its interpreter where pip hides them from it, of the active one."""
+        active = tmp_path / "venv" / "lib" / "python3.12" / "site-packages"
+        active.mkdir(parents=True)
+        monkeypatch.setattr(sys, "path", ["", str(tmp_path / "overlay")])
+        folders = decisions.package_folders({"VIRTUAL_ENV": str(tmp_path / "venv")})
+        assert folders[0] == tmp_path / "overlay"
+        assert Path(sysconfig.get_path("purelib")) in folders
+        assert active in folders
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_too_old_is_refused(self, tmp_path: Path, nowhere: Path, named: bool) -> None:
+        """11.8 compiles, and what it makes computes wrong gradients."""
+        old = make_toolkit(tmp_path / "cuda", "11.8")
+        env = {"CUDA_HOME": str(old)} if named else {"PATH": str(old / "bin")}
+        toolkit, missing = decisions.find_toolkit(env, nowhere, [])
+        assert toolkit is None
+        assert "is CUDA 11.8, and 12.0 or newer is needed (11.8 miscompiles" in missing
+        make_toolkit(nowhere / "cuda", "12.0")
+        toolkit, _ = decisions.find_toolkit(env, nowhere, [])
+        assert (toolkit is None) == named
 
 
 class TestPlan:
     def plan(self, cuda: str | None, usual: Path, **env: str) -> decisions.CudaPlan:
-        return decisions.plan_cuda("2.14.1", cuda, env, usual)
+        return decisions.plan_cuda("2.14.1", cuda, env, usual, [])
 
     def test_fitting_toolkit(self, nowhere: Path) -> None:
         make_toolkit(nowhere / "cuda", "13.1")
@@ -120,25 +160,36 @@ class TestPlan:
         assert plan.archs == ("7.5", "8.0", "9.0", "10.0+PTX")
 
     @pytest.mark.parametrize(
-        ("cuda", "toolkit", "problem", "remedy"),
-        [
-            ("13.0", None, "no CUDA toolkit found", "install the CUDA 13.0 toolkit"),
-            (None, "13.0", "torch 2.14.1 is a build without CUDA", "CUDA build of torch"),
-            ("13.0", "12.8", "built with CUDA 13.0, but .* is CUDA 12.8", r"whl/cu128"),
-            ("12.8", "13.0", "built with CUDA 12.8, but .* is CUDA 13.0", "CUDA_HOME to a CUDA 12"),
-        ],
+        ("cuda", "toolkit"), [("12.8", "13.0"), ("13.2", "12.8"), ("13.0", "13.5")]
     )
-    def test_obstacles(
-        self, nowhere: Path, cuda: str | None, toolkit: str | None, problem: str, remedy: str
+    def test_the_cuda_of_torch_does_not_matter(
+        self, nowhere: Path, cuda: str, toolkit: str
     ) -> None:
-        if toolkit:
-            make_toolkit(nowhere / "cuda", toolkit)
+        """Its headers are used, not its runtime; and it is not the torch that will run."""
+        make_toolkit(nowhere / "cuda", toolkit)
         plan = self.plan(cuda, nowhere)
+        assert plan.toolkit is not None
+        assert plan.toolkit.version == toolkit
+
+    def test_no_toolkit(self, nowhere: Path) -> None:
+        plan = self.plan("13.0", nowhere)
         assert plan.toolkit is None
-        assert re.search(f"{problem}.*{remedy}", plan.reason)
-        assert "\n" not in plan.reason
-        with pytest.raises(BuildError, match=f"FORCE_CUDA=1, but .*{problem}.*{remedy}"):
-            self.plan(cuda, nowhere, FORCE_CUDA="1")
+        assert plan.reason.startswith("no CUDA toolkit was found (no nvcc on PATH")
+        assert "pip install nvidia-cuda-nvcc nvidia-cuda-cccl" in plan.remedy
+        assert '"cbam_ext[cuda]"' in plan.remedy
+        assert "CUDA_HOME" in plan.remedy
+        assert "\n" not in plan.reason + plan.remedy
+        with pytest.raises(BuildError) as error:
+            self.plan("13.0", nowhere, FORCE_CUDA="1")
+        assert str(error.value) == f"FORCE_CUDA=1, but {plan.reason}. To mend it, {plan.remedy}."
+
+    def test_torch_without_cuda(self, nowhere: Path) -> None:
+        make_toolkit(nowhere / "cuda")
+        plan = self.plan(None, nowhere)
+        assert plan.toolkit is None
+        assert plan.reason == "torch 2.14.1 is a build without CUDA"
+        assert "FORCE_CUDA=1" in plan.remedy
+        assert self.plan(None, nowhere, FORCE_CUDA="1").toolkit is not None
 
     def test_force_cuda_0(self, nowhere: Path) -> None:
         make_toolkit(nowhere / "cuda")
@@ -224,7 +275,7 @@ class TestArchs:
 
 class TestSources:
     def test_the_list_is_the_folder(self) -> None:
-        listed = [decisions.sources(library) for library in ("cpu", "cuda", "python")]
+        listed = [decisions.sources(library) for library in ("cpu", "cuda")]
         present = [f for f in decisions.source_dir().rglob("*") if f.suffix in (".cpp", ".cu")]
         assert all(len(files) == len(set(files)) for files in listed)  # two libraries may share one
         assert {file for files in listed for file in files} == set(present)
@@ -297,22 +348,52 @@ class TestJit:
         assert len(folders | {folder}) == 4
 
 
-class TestOldCudaLibrary:
-    """One that an earlier build left is not to be loaded, or packed, with a build without CUDA."""
+class TestEarlierBuild:
+    """What one left is not to be loaded, or packed, with a build without CUDA."""
 
     @pytest.mark.parametrize("mode", ["inplace", "editable_mode", "neither"])
     def test_it_goes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
         monkeypatch.setattr(compile, "__file__", str(tmp_path / "cbam_ext/building/compile.py"))
-        libraries = [tmp_path / f / "libcbam_cuda.so" for f in ("lib/cbam_ext", "cbam_ext")]
-        for library in libraries:
-            library.parent.mkdir(parents=True)
-            library.touch()
+        folders = [tmp_path / "lib" / "cbam_ext", tmp_path / "cbam_ext"]
+        left = [
+            folder / name for folder in folders for name in ("libcbam_cuda.so", "build_info.json")
+        ]
+        for file in left:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         command = compile.build_command(CudaPlan(None, (), ""))(Distribution())
         command.build_lib, command.extensions = str(tmp_path / "lib"), []
         if mode != "neither":
             setattr(command, mode, True)
         command.run()
-        assert [library.exists() for library in libraries] == [False, mode == "neither"]
+        kept = mode == "neither"
+        assert [file.exists() for file in left] == [False, False, kept, kept]
+
+
+class TestFacts:
+    """What a build decided is beside its libraries, where the diagnostics find it."""
+
+    def test_why_there_is_no_cuda(self, tmp_path: Path) -> None:
+        plan = CudaPlan(None, (), "no nvcc", "get one")
+        command = compile.build_command(plan)(Distribution())
+        command.build_lib, command.extensions = str(tmp_path), []
+        (tmp_path / "cbam_ext").mkdir()
+        (tmp_path / "cbam_ext" / "libcbam_cpu.so").touch()
+        command.run()
+        facts = json.loads((tmp_path / "cbam_ext" / "build_info.json").read_text())
+        assert facts["without_cuda_because"] == "no nvcc"
+        assert facts["cuda"] is None
+        assert facts["source_hash"] == decisions.source_hash()
+
+    def test_an_editable_build_keeps_its_objects(self, tmp_path: Path) -> None:
+        command = compile.build_command(CudaPlan(None, (), ""))(Distribution())
+        command.build_lib, command.extensions = str(tmp_path), []
+        command.editable_mode = True
+        usual = Distribution().get_command_obj("build")
+        usual.ensure_finalized()
+        command._remove_earlier_build = lambda: None
+        command.run()
+        assert Path(command.build_temp) == Path(usual.build_temp)
 
 
 class TestRequirements:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cbam_ext
 from cbam_ext.building import compile
 from cbam_ext.building import library as libraries
 
@@ -106,7 +106,8 @@ def test_cuda_kernels_come_from_the_package_where_the_extension_has_none(
 ) -> None:
     package = copy_package(tmp_path) / "cbam_ext"
     stub = package / libraries.CUDA_LIBRARY
-    _link(["-x", "c++", os.devnull], stub)
+    version = f'-DCBAM_VERSION="{cbam_ext.__version__}"'
+    _link([version, str(CHECKOUT / "csrc" / "library" / "identity.cpp")], stub)
     program = f"""
 import ctypes, torch
 ctypes.CDLL({str(extension)!r})

@@ -70,8 +70,7 @@ def test_library_that_does_not_load(uncompiled: Path) -> None:
         )
     finally:
         library.unlink()
-    assert f"{library} exists but does not load:" in output
-    assert "invalid ELF header" in output or "file too short" in output
+    assert f"{library} is damaged: not a whole library. To mend it, call cbam_ext.load()" in output
 
 
 @pytest.mark.slow
@@ -101,7 +100,6 @@ class TestDiagnostics:
         assert facts["cbam_ext"] == cbam_ext.__version__
         assert facts["cpu"]["loaded"] is True
         assert facts["build"]["version"] == cbam_ext.__version__
-        assert facts["build"]["cxx_standard"] >= 201703
 
     @pytest.mark.slow
     def test_text(self) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import cbam_ext
+
 from support.packages import CHECKOUT, copy_checkout, make_environment, run
 
 pytestmark = pytest.mark.install
@@ -46,11 +48,21 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A wheel built where no CUDA toolkit is found, and what pip said meanwhile."""
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of sources, as `make sdist` writes it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    run([sys.executable, "-c", code], checkout)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel built from it where no CUDA toolkit is found, and what pip said meanwhile."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ["-v", "--no-build-isolation", "--no-deps", "--wheel-dir", folder]
-    output = run([*PIP, "wheel", *options, "."], checkout, CUDA_HOME=str(folder)).stdout
+    output = run([*PIP, "wheel", *options, sdist], folder, CUDA_HOME=str(folder)).stdout
     (path,) = folder.glob("*.whl")
     return path, output
 
@@ -83,7 +95,9 @@ def test_wheel_contents(wheel: tuple[Path, str]) -> None:
         if path.is_file() and path.suffix != ".md":
             assert f"cbam_ext/{path.relative_to(CHECKOUT).as_posix()}" in names
     assert "cbam_ext/libcbam_cpu.so" in names
-    assert f"cbam_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert "cbam_ext/build_info.json" in names
+    assert wheel[0].name.startswith(f"cbam_ext-{cbam_ext.__version__}-py3-none-linux_")
+    assert not any(re.search(r"cpython|abi3", name) for name in names)
     assert [name for name in names if name.startswith(("tests/", "bench/", "examples/"))] == []
 
 
@@ -119,6 +133,9 @@ def test_diagnostics_of_an_install(installed: Path, tmp_path: Path) -> None:
     assert facts["cpu"]["loaded"] is True
     assert facts["build"]["sources_unchanged"] is True
     assert facts["build"]["cuda"] is None
+    assert "has no bin/nvcc" in facts["build"]["without_cuda_because"]
+    if facts["torch_cuda"]:
+        assert facts["build"]["without_cuda_because"] in facts["cuda"]["reason"]
 
 
 def test_editable(tmp_path: Path) -> None:
@@ -148,10 +165,8 @@ def test_pure_python(checkout: Path, tmp_path: Path) -> None:
     assert Path(cache) in library.parents
 
 
-def test_sdist(checkout: Path, tmp_path: Path) -> None:
-    run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], checkout)
-    (path,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
+def test_sdist(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for file in ("csrc/sources.txt", "csrc/torch/cpu.cpp", "csrc/cuda/device.cu", "csrc/README.md"):
         assert file in names

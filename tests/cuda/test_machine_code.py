@@ -3,11 +3,17 @@ test_hot_loops.py asks; what it says of names and limits, test_machine_code_limi
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from cbam_ext.building import decisions
+
+from bench.machine_code import compilation
 from bench.machine_code.flow import analyse
 from bench.machine_code.loops import HotLoop, hot_loops
-from bench.machine_code.sass import parse
+from bench.machine_code.sass import Kernel, parse
 from support.machine_code import (
     FUNCTION,
     LOAD_A,
@@ -314,3 +320,28 @@ def test_loops_with_two_entries_are_told() -> None:
     code = f"@P0 BRA {{middle}}\ntop: {LOAD_A}\nmiddle: {USE_A}\n@P1 BRA {{top}}\nEXIT"
     (fault,) = analyse(kernel(code)).faults
     assert "two entries" in fault
+
+
+@pytest.mark.parametrize("other", [{"source_hash": "0"}, {"cuda": "12.8"}, {"cuda_flags": "-O0"}])
+def test_library_of_another_build_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str]
+) -> None:
+    """What is checked are the kernels of these sources, as this nvcc compiles them."""
+    toolkit = decisions.Toolkit(tmp_path, "13.0", tmp_path, tmp_path)
+    monkeypatch.setattr(compilation, "_toolkit", lambda: toolkit)
+    monkeypatch.setattr(compilation, "find_cuobjdump", lambda: tmp_path)
+    monkeypatch.setattr(
+        compilation, "_read", lambda *_: [Kernel("k", "sm_80"), Kernel("k", "sm_90")]
+    )
+    library = tmp_path / "lib.so"
+    library.touch()
+    assert compilation.kernels_of_build(library, ["8.0"]) == []
+    facts = {
+        "source_hash": decisions.source_hash(),
+        "cuda": "13.0",
+        "cuda_flags": " ".join(decisions.NVCC_FLAGS),
+    }
+    (tmp_path / decisions.FACTS).write_text(json.dumps(facts))
+    assert [each.arch for each in compilation.kernels_of_build(library, ["8.0"])] == ["sm_80"]
+    (tmp_path / decisions.FACTS).write_text(json.dumps(facts | other))
+    assert compilation.kernels_of_build(library, ["8.0"]) == []

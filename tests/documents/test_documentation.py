@@ -26,7 +26,7 @@ DOCS = README.parent / "docs"
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(cbam_ext.__path__, "cbam_ext.")
-    if info.name.rpartition(".")[2] not in ("_C", "__main__", "libcbam_cpu", "libcbam_cuda")
+    if info.name.rpartition(".")[2] not in ("__main__", "libcbam_cpu", "libcbam_cuda")
 )
 
 
