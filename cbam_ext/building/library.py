@@ -114,7 +114,7 @@ def _missing_reason() -> str:
     if decisions.version_tuple(torch.__version__)[:2] < decisions.MINIMUM_TORCH:
         return (
             f"cbam_ext's kernels need torch {minimum} or newer, this is torch "
-            f'{torch.__version__}: pip install -U "torch>={minimum}"'
+            f'{torch.__version__}: pip install -U "torch>={minimum}".'
         )
     if _status.cpu_error:
         return f"{_status.cpu_error}. To mend it, {_rebuild_advice()}."
