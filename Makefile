@@ -97,7 +97,7 @@ check-wheel: $(VENV)/.extra-test $(VENV)/.release  ## check what is in dist/, an
 	$(RELEASE)/bin/check-wheel-contents dist/*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	CBAM_TEST_WHEEL="$$(ls $(CURDIR)/dist/*.whl)" \
-	  $(BIN)/python -m pytest -m install tests/building/test_wheel.py --durations=5 $(ARGS)
+	  $(BIN)/python -m pytest -n 2 -m install tests/building/test_wheel.py --durations=5 $(ARGS)
 
 clean:  ## remove what was built, environments included
 	rm -rf build dist .venv .venv-matrix *.egg-info cbam_ext/*.so cbam_ext/build_info.json

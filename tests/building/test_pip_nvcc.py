@@ -98,7 +98,7 @@ def test_found_and_compiles(hidden: list[str], environment: Path, tmp_path: Path
     assert (built / "cbam_ext" / "libcbam_cuda.so").is_file()
 
 
-def test_seen_where_pip_hides_packages(hidden: list[str], environment: Path, tmp_path: Path) -> None:
+def test_where_pip_hides_packages(hidden: list[str], environment: Path, tmp_path: Path) -> None:
     """pip hides the environment that it installs into from what it builds with; not its place."""
     package = copy_package(tmp_path)
     code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
