@@ -183,7 +183,7 @@ def test_forced_cuda_without_toolkit(checkout: Path, tmp_path: Path) -> None:
     changes = {"FORCE_CUDA": "1", "CUDA_HOME": str(tmp_path)}
     output = run(command, checkout, fails=True, **changes).stdout
     assert "cbam_ext: FORCE_CUDA=1, but" in output
-    assert "To mend it, install" in output
+    assert "To mend it, pip install nvidia-cuda-nvcc nvidia-cuda-cccl" in output
     assert "Traceback" not in output
 
 
