@@ -213,8 +213,8 @@ def _is_missed(sync: Sync, found: Detection) -> bool:
             c.finding == "race" and sync.kernel == c.first.kernel == c.second.kernel
             for c in conflicts
         )
-    # Others may suffer, and not itself: what comes behind waits for it, and takes what was before it
-    # for done.
+    # Others may suffer, and not itself: what comes behind waits for it, and takes for done what was
+    # before it.
     return any(c.finding == "race" and c.first.launch < c.second.launch for c in conflicts)
 
 
