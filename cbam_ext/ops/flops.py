@@ -34,9 +34,14 @@ def register(namespace: str) -> None:
 def _register(namespace: str, counter: ModuleType) -> None:
     operators = getattr(torch.ops, namespace)
     first = (operators.forward, operators.gates, operators._forward_train, operators._logits)
-    counter.register_flop_formula(first)(_forward)
-    counter.register_flop_formula(operators._backward)(_backward)
-    counter.register_flop_formula(operators._logits_backward)(_logits_backward)
+    formulas = dict.fromkeys(first, _forward) | {
+        operators._backward: _backward,
+        operators._logits_backward: _logits_backward,
+    }
+    for operator, formula in formulas.items():
+        # An earlier import of this package has left its own, and a second is an error.
+        counter.flop_registry.pop(operator, None)
+        counter.register_flop_formula(operator)(formula)
 
 
 class _OnImport(importlib.abc.MetaPathFinder):

@@ -31,8 +31,11 @@ from .fakes import FAKES
 from .gradients import BACKWARD
 from .phases import Apply, Logits
 
-# Kept alive for as long as the process runs: a Library takes its registrations along when it dies.
-_registrations: dict[str, torch.library.Library] = {}
+# Of torch.ops.<namespace>: the Library with the Python half of its operators, which takes its
+# registrations along when it dies. There it lives as long as the process, and is found by a second
+# import of this package (whose modules somebody took out of sys.modules).
+_OF_NAMESPACE = "_registered_by_cbam_ext"
+_registered: set[str] = set()  # by this import
 
 _PUBLIC = ("forward", "gates")
 
@@ -72,9 +75,13 @@ def register(namespace: str = "cbam") -> None:
     """
     if namespace == "cbam":
         for name in _PUBLIC:
-            if vars(torch.ops.cbam).get(name) is _explain_missing_library:
+            explained = vars(torch.ops.cbam).get(name)
+            if getattr(explained, "__name__", None) == _explain_missing_library.__name__:
                 delattr(torch.ops.cbam, name)
-    if namespace not in _registrations:
+    if namespace not in _registered:
+        operators = getattr(torch.ops, namespace)
+        # What is newly imported counts: it may have been edited in between.
+        vars(operators).pop(_OF_NAMESPACE, None)
         remember_overloads(namespace, FAKES)
         registrations = torch.library.Library(namespace, "IMPL")
         for name, fake in FAKES.items():
@@ -82,7 +89,8 @@ def register(namespace: str = "cbam") -> None:
             registrations.impl(name, _autograd_kernel(namespace, name), "Autograd")
             registrations.impl(name, _missing_kernel(namespace), "CompositeExplicitAutograd")
         flops.register(namespace)
-        _registrations[namespace] = registrations
+        setattr(operators, _OF_NAMESPACE, registrations)
+        _registered.add(namespace)
     if namespace == "cbam":
         for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("meta", "Meta")):
             if torch._C._dispatch_has_kernel_for_dispatch_key("cbam::forward", key):

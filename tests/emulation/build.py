@@ -78,11 +78,12 @@ def build(kind: Build = Build.FAST) -> Path:
     operators = HERE / _OPERATORS.get(kind, "library.cpp")
     library = Library(
         "operators",
-        (*kernels, *arguments, operators, *_RUNTIME),
+        (*kernels, *arguments, operators, HERE / "shim.cpp", *_RUNTIME),
         (*compilation.headers_in(*_FOLDERS, CSRC), HERE / "library.cpp"),
         # The one folder: enough for the stable ABI. As system headers they give no warnings.
-        (*_flags(kind), "-isystem", str(torch_folder / "include")),
-        (*_linked(kind), *_torch_libraries(torch_folder / "lib")),
+        (*_flags(kind), "-DUSE_CUDA", "-isystem", str(torch_folder / "include")),
+        # What shim.cpp stands in for is called there, and not in torch.
+        (*_linked(kind), "-Wl,-Bsymbolic-functions", *_torch_libraries(torch_folder / "lib")),
         (torch.__version__,),
         _KERNEL_FLAGS.get(kind, ()),
     )

@@ -115,6 +115,25 @@ class Emulation:
             self.library.emulation_end_parts(ctypes.c_uint64(1))
 
     @contextlib.contextmanager
+    def failing_call(self, after: int = 0) -> Iterator[None]:
+        """Inside, a launch or memset of this thread fails: the one after so many others."""
+        self.library.emulation_fail_call_after(ctypes.c_int(after))
+        try:
+            yield
+        finally:
+            self.library.emulation_fail_call_after(ctypes.c_int(-1))
+
+    @property
+    def scopes(self) -> int:
+        """Device guards of this thread that are alive."""
+        return self.library.emulation_scopes()
+
+    @property
+    def left_error(self) -> int:
+        """What cudaGetLastError would tell whoever asks next; 0 for nothing."""
+        return self.library.emulation_left_error()
+
+    @contextlib.contextmanager
     def order(self, order: str, seed: int = 0) -> Iterator[None]:
         """The order inside the block; plain forward after it."""
         self.set_order(order, seed)

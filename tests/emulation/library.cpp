@@ -1,38 +1,30 @@
 // The operators of cbam under the namespace cbam_emulated, for CPU tensors: the CUDA kernels on the
-// emulated device. `operators()` in control.py sets that device and reads its counters.
-#include "../../csrc/torch/operators.h"
+// emulated device, reached as on a GPU. `operators()` in control.py sets that device and reads its
+// counters.
+#include "../../csrc/torch/cuda_backend.h"
 
-#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/torch/operators.h"
 #include "../../csrc/torch/schemas.h"
 #include "runtime/device.h"
+#include "runtime/host.h"
 
 namespace cbam {
+
+cuda::Device cuda::device_properties(int index) {
+  emulation::expect_device(index, "the properties of a device");
+  const emulation::Properties& emulated = emulation::properties();
+  Device device;
+  device.multiprocessors = emulated.multiprocessors;
+  device.l2_bytes = emulated.l2_bytes;
+  device.dependent_launch = emulated.dependent_launch;
+  return device;
+}
+
 namespace {
-
-struct Emulated {
-  static constexpr int64_t kAlignment = 16;
-  struct Scope {
-    explicit Scope(const Tensor&) {}
-  };
-
-  template <class Args>
-  static void run(const Tensor& input, const Args& args) {
-    const emulation::Properties& device = emulation::properties();
-    cuda::Queue queue{};
-    queue.device.multiprocessors = device.multiprocessors;
-    queue.device.l2_bytes = device.l2_bytes;
-    queue.device.dependent_launch = device.dependent_launch;
-    const int64_t bytes = cuda::workspace_bytes(args, queue.device);
-    const Tensor workspace = empty(input, {bytes}, ScalarType::Byte);
-    queue.workspace = workspace.mutable_data_ptr();
-    if (bytes > 0) emulation::fresh(queue.workspace, static_cast<size_t>(bytes));
-    cuda::run(args, queue);
-  }
-};
 
 STABLE_TORCH_LIBRARY(cbam_emulated, m) { define_operators(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(cbam_emulated, CPU, m) { implement_operators<Emulated>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cbam_emulated, CPU, m) { implement_operators<Cuda>(m); }
 
 }  // namespace
 }  // namespace cbam

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "device.h"
+#include "host.h"
 #include "races.h"
 
 #define EMULATION_API extern "C" __attribute__((visibility("default")))
@@ -91,6 +92,11 @@ EMULATION_API void emulation_end_parts(uint64_t parts) {
   const std::lock_guard<std::mutex> lock(emulation::device_mutex());
   emulation::scheduler().set_end_parts(parts);
 }
+
+// Of the calling thread: its call after so many others fails; what is alive, and what was left.
+EMULATION_API void emulation_fail_call_after(int others) { emulation::fail_call_after(others); }
+EMULATION_API int emulation_scopes() { return emulation::scopes(); }
+EMULATION_API int emulation_left_error() { return emulation::left_error(); }
 
 // Returns whether the capacity is one that the model can have; 0 means no model.
 EMULATION_API int emulation_start_recording(int64_t l2_bytes) {

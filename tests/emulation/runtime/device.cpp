@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "host.h"
 #include "races.h"
 #include "symbols.h"
 
@@ -109,6 +110,9 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(c
   const auto named = [&](const std::string& what) {
     return "kernel launch " + std::to_string(launches) + " (" + cached_name(kernel) + "): " + what;
   };
+  if (const std::string problem = misplaced(config.stream); !problem.empty()) {
+    throw std::runtime_error(named(problem));
+  }
   const std::string problem = check(config, kernel);
   if (!problem.empty()) throw std::runtime_error(named("bad configuration: " + problem));
 
@@ -151,8 +155,11 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(c
   record_to->records.push_back(std::move(record));
 }
 
-void memset(void* address, int value, size_t bytes) {
+void memset(void* address, int value, size_t bytes, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(device_mutex());
+  if (const std::string problem = misplaced(stream); !problem.empty()) {
+    throw std::runtime_error("memset: " + problem);
+  }
   std::memset(address, value, bytes);
   if (RaceDetector* const detector = race_detector().get()) detector->memset(address, bytes);
   Recording* const record_to = recording().get();

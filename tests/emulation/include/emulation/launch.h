@@ -1,7 +1,8 @@
 // The host side of the stand-in cuda_runtime.h: launches, memset, errors.
 //
 // A launch runs at once and to its end. What goes wrong in it is thrown as a std::runtime_error
-// that names the kernel, block and thread; no call leaves an error behind for cudaGetLastError.
+// that names the kernel, block and thread. Only a call that a test has told to fail returns an
+// error, and leaves it behind for cudaGetLastError.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +15,7 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
   // No call here returns these.
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
@@ -22,8 +24,13 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+namespace emulation {
+cudaError_t begin_call();  // cudaSuccess unless this call is to fail
+cudaError_t take_error();
+}  // namespace emulation
+inline cudaError_t cudaGetLastError() { return emulation::take_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
   return error == cudaSuccess ? "no error" : "invalid argument";
 }
 
@@ -54,7 +61,7 @@ namespace emulation {
 // body(context) is the kernel with its arguments, for one thread.
 void launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*),
             const void* context);
-void memset(void* address, int value, size_t bytes);
+void memset(void* address, int value, size_t bytes, cudaStream_t stream);
 // The host hands out memory whose content nobody may rely on.
 void fresh(void* address, size_t bytes);
 bool allow_shared_memory(const void* kernel, size_t bytes);
@@ -63,6 +70,7 @@ bool allow_shared_memory(const void* kernel, size_t bytes);
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (const cudaError_t error = emulation::begin_call(); error != cudaSuccess) return error;
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
@@ -85,7 +93,8 @@ cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes)
   return allowed ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-  emulation::memset(address, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = emulation::begin_call(); error != cudaSuccess) return error;
+  emulation::memset(address, value, bytes, stream);
   return cudaSuccess;
 }
