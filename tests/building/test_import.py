@@ -123,3 +123,71 @@ class TestDiagnostics:
             TORCH_EXTENSIONS_DIR="/nowhere",
         ).stdout
         assert "CUDA_HOME=/nowhere has no bin/nvcc" in output
+
+
+REIMPORT = """
+import gc, sys, warnings
+import torch
+warnings.simplefilter("error")
+
+def step(package):
+    torch.manual_seed(0)
+    x = torch.rand(2, 8, 5, 4, requires_grad=True)
+    output = package.CBAM(8, mlp_bias=True)(x)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    return output, gradient, second
+
+def flops(package):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        package.CBAM(8)(torch.rand(2, 8, 5, 4, requires_grad=True)).sum().backward()
+    return counter.get_total_flops()
+
+import cbam_ext as first
+expected = step(first)
+if {counted_before}:
+    count = flops(first)
+kept = first if {kept} else None
+if not kept:
+    del first
+for _ in range(2):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cbam_ext"]:
+        del sys.modules[name]
+    gc.collect()
+    import cbam_ext
+    assert cbam_ext is not kept
+    for package in filter(None, (cbam_ext, kept)):
+        assert package.ops.has_kernels("cpu")
+        assert all(map(torch.equal, step(package), expected))
+assert flops(cbam_ext) > 0 and (not {counted_before} or flops(cbam_ext) == count)
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("counted_before", "kept"), [(False, False), (True, True)], ids=["forgotten", "kept"]
+)
+def test_a_second_import(counted_before: bool, kept: bool) -> None:
+    """As notebooks and plugin loaders make it: modules leave sys.modules and are imported again.
+    Operators are registered by then; what was imported last has the say, and the models of the
+    first import go on."""
+    code = REIMPORT.format(counted_before=counted_before, kept=kept)
+    assert run_python(code, CHECKOUT).endswith("done\n")
+
+
+def test_a_second_import_where_nothing_is_compiled(uncompiled: Path) -> None:
+    code = """
+import sys, torch, cbam_ext
+explained = torch.ops.cbam.forward
+for name in [name for name in sys.modules if name.partition(".")[0] == "cbam_ext"]:
+    del sys.modules[name]
+import cbam_ext as again
+assert torch.ops.cbam.forward is not explained
+try:
+    torch.ops.cbam.forward()
+except RuntimeError as error:
+    print(error)
+"""
+    assert "cbam_ext.load()" in run_python(code, uncompiled)

@@ -1,5 +1,5 @@
-"""How the operators stand to the host side of CUDA: the device of their tensors, its current stream,
-errors of launches, and what is left of them.
+"""How the operators stand to the host side of CUDA: the device of their tensors, its current
+stream, errors of launches, and what is left of them.
 
 The emulation refuses a launch where no device guard is alive or that goes to another stream than
 the current one, so every emulated test sees these; here it is shown that it does, and that each
@@ -8,6 +8,7 @@ launch is asked whether it failed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,11 +33,10 @@ def as_list(result: Any) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def device(emulation: None) -> Emulation:
+def device(emulation: None) -> Iterator[Emulation]:
     device = emulated()
     device.configure(l2_bytes=1 << 10)  # several chunks
-    request_done = device
-    yield request_done
+    yield device
     device.configure()
 
 
