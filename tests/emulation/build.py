@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from cbam_ext.building import decisions
-
 from support import compilation
 from support.compilation import CSRC, Library
 from support.packages import CHECKOUT
@@ -45,14 +43,7 @@ _COMMON = ("-Wno-unknown-pragmas", "-Wno-uninitialized", "-fno-strict-aliasing")
 _FAST = ("-O2", "-g0")
 _FLAGS = {
     Build.FAST: _FAST,
-    Build.SANITIZED: (
-        "-O0",  # compiling takes a multiple of the time otherwise, and more than it saves
-        "-g1",
-        "-fno-omit-frame-pointer",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize=vptr",  # wants the run-time types of classes that torch keeps to itself
-        "-fno-sanitize-recover=all",
-    ),
+    Build.SANITIZED: compilation.SANITIZED,
     Build.INSTRUMENTED: _FAST,
     Build.COUNTED: _FAST,
 }
@@ -126,20 +117,7 @@ def _kind_of_process() -> Build:
 
 def sanitizer_environment() -> dict[str, str]:
     """The environment for a process that loads a build with sanitizers."""
-    libraries = ["libasan.so", "libstdc++.so.6"]
-    if _by_clang():
-        libraries[0] = f"libclang_rt.asan-{os.uname().machine}.so"
-    # The interpreter is not linked with libstdc++, and libasan wants to find its functions for
-    # exceptions at once.
-    command = compilation.compiler()
-    found = [decisions.first_line([*command, f"-print-file-name={name}"]) for name in libraries]
-    return {
-        **os.environ,
-        "CBAM_EMULATION_SANITIZE": "1",
-        "LD_PRELOAD": " ".join(found),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+    return compilation.sanitizer_environment() | {"CBAM_EMULATION_SANITIZE": "1"}
 
 
 def _flags(kind: Build) -> tuple[str, ...]:
@@ -148,15 +126,12 @@ def _flags(kind: Build) -> tuple[str, ...]:
 
 
 def _linked(kind: Build) -> tuple[str, ...]:
-    return ("-ldl", "-shared-libasan") if kind is Build.SANITIZED and _by_clang() else ("-ldl",)
+    more = compilation.sanitizer_link_flags() if kind is Build.SANITIZED else ()
+    return ("-ldl", *more)
 
 
 def _torch_libraries(folder: Path) -> tuple[str, ...]:
     return (f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10")
-
-
-def _by_clang() -> bool:
-    return "clang" in compilation.compiler_version()
 
 
 def _cache_folder() -> Path:

@@ -88,13 +88,19 @@ class Emulation:
         l2_bytes: int = 50 << 20,
         shared_bytes: int = 227 << 10,
         dependent_launch: bool = True,
+        fill: int = 0xFF,
     ) -> None:
-        """The properties of the device; without arguments those of an H100."""
+        """The properties of the device; without arguments those of an H100.
+
+        fill: what every byte of workspace is, so that reading it gives NaN. Negative: none is
+        touched; what the system hands out for a large one is zeros.
+        """
         self.library.emulation_configure(
             ctypes.c_int(multiprocessors),
             ctypes.c_int64(l2_bytes),
             ctypes.c_int64(shared_bytes),
             ctypes.c_int(dependent_launch),
+            ctypes.c_int(fill),
         )
 
     def set_order(self, order: str = "forward", seed: int = 0) -> None:
@@ -103,10 +109,11 @@ class Emulation:
 
     @contextlib.contextmanager
     def end_parts(self, parts: int) -> Iterator[None]:
-        """Inside, every launch runs the first and the last of so many parts of its blocks only.
+        """Inside, launches run the first and the last of so many parts of their blocks only.
 
         With the size of the batch this runs its first and last sample, in a tensor that is too big
-        to run. (Both ends, for some launches go through a batch from its end.)
+        to run. (Both ends, for some launches go through a batch from its end.) Launches of fewer
+        blocks, as those that sum over the batch, run as a whole.
         """
         self.library.emulation_end_parts(ctypes.c_uint64(parts))
         try:

@@ -29,7 +29,7 @@ _HEADERS = {".h", ".cuh", ".inl"}
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library, and all that it is compiled from."""
+    """A shared library, or a program, and all that it is compiled from."""
 
     name: str
     sources: tuple[Path, ...]
@@ -38,6 +38,7 @@ class Library:
     linked: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()  # what else it depends on
     kernel_flags: tuple[str, ...] = ()  # of .cu files, behind the others
+    program: bool = False
 
 
 def headers_in(*folders: Path) -> tuple[Path, ...]:
@@ -70,6 +71,8 @@ def build(library: Library, cache: Path) -> Path:
         objects.append(cache / f"{source.stem}-{digest.hexdigest()[:16]}.o")
     digest = hashlib.sha256("".join(path.name for path in objects).encode())
     target = cache / f"lib{library.name}-{digest.hexdigest()[:16]}.so"
+    if library.program:
+        target = cache / f"{library.name}-{digest.hexdigest()[:16]}.run"
     with _lock(cache / "lock"):
         if not target.exists():
             with ThreadPoolExecutor(JOBS) as pool:
@@ -80,7 +83,8 @@ def build(library: Library, cache: Path) -> Path:
                 ]
                 for job in jobs:
                     job.result()
-            _link(command, objects, library.linked, target)
+            kind = () if library.program else ("-shared",)
+            _link([*command, *kind], objects, library.linked, target)
         _delete_old_files(cache, {target, *objects})
     return target
 
@@ -93,6 +97,41 @@ def compiler_version() -> str:
     return decisions.first_line([*compiler(), "--version"])
 
 
+# Of libraries that a process loads which was started with sanitizer_environment().
+SANITIZED = (
+    "-O0",  # compiling takes a multiple of the time otherwise, and more than it saves
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",  # wants the run-time types of classes that torch keeps to itself
+    "-fno-sanitize-recover=all",
+)
+
+
+def sanitizer_link_flags() -> tuple[str, ...]:
+    return ("-shared-libasan",) if _is_clang() else ()
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment for a process that loads a library with SANITIZED."""
+    libraries = ["libasan.so", "libstdc++.so.6"]
+    if _is_clang():
+        libraries[0] = f"libclang_rt.asan-{os.uname().machine}.so"
+    # The interpreter is not linked with libstdc++, and libasan wants to find its functions for
+    # exceptions at once.
+    found = [decisions.first_line([*compiler(), f"-print-file-name={name}"]) for name in libraries]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _is_clang() -> bool:
+    return "clang" in compiler_version()
+
+
 def _compile_one(command: Sequence[str], source: Path, target: Path) -> None:
     unfinished = target.with_suffix(".tmp")
     _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
@@ -103,7 +142,7 @@ def _link(
     command: Sequence[str], objects: Sequence[Path], linked: Sequence[str], target: Path
 ) -> None:
     unfinished = target.with_suffix(".tmp")
-    _run([*command, "-shared", *map(str, objects), *linked, "-o", str(unfinished)])
+    _run([*command, *map(str, objects), *linked, "-o", str(unfinished)])
     unfinished.rename(target)
 
 

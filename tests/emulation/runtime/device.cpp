@@ -181,7 +181,7 @@ void memset(void* address, int value, size_t bytes, cudaStream_t stream) {
 
 void fresh(void* address, size_t bytes) {
   const std::lock_guard<std::mutex> lock(device_mutex());
-  std::memset(address, 0xff, bytes);  // NaN, and -1 in a counter
+  if (properties().fill >= 0) std::memset(address, properties().fill, bytes);
   if (RaceDetector* const detector = race_detector().get()) detector->fresh(address, bytes);
 }
 

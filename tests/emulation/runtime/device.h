@@ -18,6 +18,7 @@ struct Properties {
   int64_t l2_bytes = int64_t{50} << 20;
   int64_t shared_bytes = 227 << 10;  // that a block may have after cudaFuncSetAttribute
   bool dependent_launch = true;
+  int fill = 0xff;  // every byte of workspace: NaN, and -1 in a counter; negative: left alone
 };
 
 // One launch or memset, as control.py shows it.

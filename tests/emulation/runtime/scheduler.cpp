@@ -72,7 +72,7 @@ void Scheduler::run(const cudaLaunchConfig_t& config, void (*body)(const void*),
   exchange_set_ = 0;
   error_.clear();
 
-  part_ = std::max<uint64_t>(config.gridDim.x / parts_, 1);
+  part_ = config.gridDim.x < parts_ ? config.gridDim.x : config.gridDim.x / parts_;
   blocks_ = std::min<uint64_t>(2 * part_, config.gridDim.x);
   left_out_ = config.gridDim.x - blocks_;
   blocks_begun_ = 0;

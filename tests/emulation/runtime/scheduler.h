@@ -39,6 +39,7 @@ class Scheduler {
   void set_order(Order order, uint64_t seed);
   // Of every launch only the first and the last of so many parts of its blocks; 1 for all of them.
   // Where blocks go sample by sample, this runs these samples of a batch that is too big to run.
+  // Launches of fewer blocks than parts, which sum over samples, run as a whole.
   void set_end_parts(uint64_t parts) { parts_ = parts; }
   // Throws std::runtime_error with what went wrong, and where. `end_of_round`, if not null, is
   // called where all threads of a block have come to a barrier or to the end; blocks then run in
