@@ -9,7 +9,8 @@ import pytest
 
 from faults import trial
 from faults.checkout import Checkout, Finished
-from faults.planted import FAULTS, Fault, misplaced
+from faults.fault import Fault, misplaced
+from faults.planted import FAULTS
 from faults.records import STAGES, Outcome, Records, summary, verdict
 from support.packages import CHECKOUT
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkout import Checkout
-from .planted import FAULTS, Fault, misplaced
+from .fault import Fault, misplaced
+from .planted import FAULTS
 from .records import STAGES, Records, summary, verdict
 from .trial import Trial
 

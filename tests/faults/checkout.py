@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .planted import Fault, planted_text
+from .fault import Fault, planted_text
 
 # What tests and builds leave behind in the copy.
 _LEFT_BEHIND = {"build", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache"}

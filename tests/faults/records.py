@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .planted import Fault
+from .fault import Fault
 
 STAGES = ("folder", "fast", "all")
 # How a fault can end. The first three are catches.

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from .checkout import Checkout, Finished
-from .planted import Fault
+from .fault import Fault
 from .records import NOT_COMPILED, STAGES, SURVIVED, Outcome, Records
 
 WORKERS = 2  # of the stages that run everything
