@@ -1,5 +1,5 @@
-// What stands between an operator and the kernels on CUDA: device, stream and memory. tests/emulation
-// compiles it as well, with a device and streams of its own behind abi.h.
+// What stands between an operator and the kernels on CUDA: device, stream and memory.
+// tests/emulation compiles it as well, with a device and streams of its own behind abi.h.
 #pragma once
 
 #include "abi.h"

@@ -65,8 +65,12 @@ PROMISED = (
     Fault(
         "cpu-no-channel-where-all-are-minus-infinity",
         "csrc/cpu/nchw.h",
-        "std::fill_n(pixel.argmaxima, tile.size(), Int<A>{0});",
-        "std::fill_n(pixel.argmaxima, tile.size(), Int<A>{-(1 << 29)});",
+        "ChannelResults<A> channel) {\n    std::fill_n(pixel.sums, tile.size(), A{0});\n"
+        "    std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);\n"
+        "    std::fill_n(pixel.argmaxima, tile.size(), Int<A>{0});",
+        "ChannelResults<A> channel) {\n    std::fill_n(pixel.sums, tile.size(), A{0});\n"
+        "    std::fill_n(pixel.maxima, tile.size(), -kInfinity<A>);\n"
+        "    std::fill_n(pixel.argmaxima, tile.size(), Int<A>{-(1 << 29)});",
     ),
     Fault(
         "cpu-memory-within-a-parallel-loop",

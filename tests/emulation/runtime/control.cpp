@@ -79,8 +79,7 @@ void write(std::ostream& out, const std::string& kernel, const emulation::SyncSi
 EMULATION_API void emulation_configure(int multiprocessors, int64_t l2_bytes, int64_t shared_bytes,
                                        int dependent_launch, int fill) {
   const std::lock_guard<std::mutex> lock(emulation::device_mutex());
-  emulation::properties() = {multiprocessors, l2_bytes, shared_bytes, dependent_launch != 0,
-                             fill};
+  emulation::properties() = {multiprocessors, l2_bytes, shared_bytes, dependent_launch != 0, fill};
 }
 
 // 0 forward, 1 reverse, 2 random
