@@ -37,7 +37,8 @@ def build() -> Path:
     folder = Path(torch.__file__).resolve().parent
     library = Library(
         "cbam_cpu_sanitized",
-        tuple(decisions.sources("cpu")),
+        # What libraries say of themselves, and to glibc, is the build's.
+        tuple(path for path in decisions.sources("cpu") if path.parent.name != "library"),
         compilation.headers_in(CSRC),
         (
             *compilation.product_flags(*compilation.SANITIZED, without=("-O", "-g")),

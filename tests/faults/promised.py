@@ -45,6 +45,12 @@ PROMISED = (
         "    cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);",
     ),
     Fault(
+        "cuda-errors-are-left-for-the-next-to-ask",
+        "csrc/cuda/errors.cuh",
+        "  cudaGetLastError();  // or the next to ask would be told\n",
+        "",
+    ),
+    Fault(
         "cuda-chunks-begin-within-32-bits",
         "csrc/cuda/call.cuh",
         "batch + first * elements;",
