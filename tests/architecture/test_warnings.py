@@ -14,6 +14,7 @@ import torch
 CHECKOUT = Path(__file__).resolve().parents[2]
 CSRC = CHECKOUT / "csrc"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
+MACROS = ('-DCBAM_VERSION="0"',)  # that builds define
 # Kernels are compiled as plain C++ with the headers of the emulation; what runs on a GPU alone has
 # no place there.
 EMULATION = (f"-I{CHECKOUT / 'tests' / 'emulation' / 'include'}", "-Wno-unknown-pragmas")
@@ -30,7 +31,7 @@ def compiler() -> list[str]:
 def complaints(file: Path, *flags: str) -> str:
     mode = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-x", "c++"]
     done = subprocess.run(
-        [*compiler(), *mode, *WARNINGS, *flags, str(file)],
+        [*compiler(), *mode, *WARNINGS, *MACROS, *flags, str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
