@@ -291,11 +291,6 @@ def hooked() -> nn.Module:
     return block
 
 
-def unordered() -> nn.Module:
-    conv = nn.Conv2d(32, 32, 1)
-    return nn.Sequential(peers.PeachySpatial(), conv, peers.PeachyChannel(32, 16))
-
-
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mode": (ModeDependent, "does something else in training"),
     "optional": (Optional, "has optional arguments"),
@@ -313,7 +308,6 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clipped": (Clipped, "contains ReLU6"),
     "two inputs": (TwoInputs, "pass example_inputs"),
     "hooks": (hooked, "has hooks"),
-    "unordered": (unordered, "pass example_inputs to convert"),
 }
 
 

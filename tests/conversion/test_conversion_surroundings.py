@@ -327,12 +327,22 @@ class Owner(nn.Module):
 @pytest.mark.parametrize("whole", [True, False])
 def test_sequences(whole: bool, generator: torch.Generator) -> None:
     theirs, x = Owner(whole), draw(32, generator).float()
-    _, names, (left,) = converted(theirs)
-    assert names == [] and "pass example_inputs" in left
+    ours, names, (left,) = converted(theirs)
+    assert names == ["parts.1", "parts.2"] and "pass example_inputs" in left  # each gate alone
+    torch.testing.assert_close(ours(x), theirs(x))
     ours, names, reasons = converted(theirs, example_inputs=x)
-    assert names == (["parts.1"] if whole else [])
+    assert names == (["parts.1"] if whole else ["parts.1", "parts.2"])
     assert len(reasons) == (not whole)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_sequence_in_another_order(generator: torch.Generator) -> None:
+    conv = nn.Conv2d(32, 32, 1)
+    theirs = nn.Sequential(peers.PeachySpatial(), conv, peers.PeachyChannel(32, 16))
+    ours, names, (left,) = converted(nn.ModuleDict({"block": theirs}))
+    assert names == ["block.0", "block.2"] and "pass example_inputs" in left
+    x = draw(32, generator).float()
+    torch.testing.assert_close(ours["block"](x), theirs(x))
 
 
 def test_a_sequence_of_nothing_but_gates(generator: torch.Generator) -> None:
