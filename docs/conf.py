@@ -59,6 +59,7 @@ TEXTS = {
 PAGES = {document: page for page, document in TEXTS.items()}
 # [text](target#anchor) and [text]: target, where the target is a path.
 LINK = re.compile(r"(?<!!)\[([^][]*)\](\(|: )(?!https?:|#)([^\s()#]+)((?:#[^\s()]*)?\)?)")
+IMAGE = re.compile(r"(!\[[^][]*\]\()(?!https?:)([^\s()]+)")
 
 
 def read_page(app: Sphinx, page: str, source: list[str]) -> None:
@@ -77,7 +78,11 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
             return f"[{text}]{opening}{PAGES[target]}.md{rest}"
         return f"[{text}]{opening}{os.path.relpath(target, DOCS)}{rest}"
 
-    source[0] = LINK.sub(relink, source[0])
+    def move_image(image: re.Match[str]) -> str:
+        opening, path = image.groups()
+        return opening + os.path.relpath(document.parent / path, DOCS)
+
+    source[0] = IMAGE.sub(move_image, LINK.sub(relink, source[0]))
 
 
 def find_short_name(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
