@@ -48,10 +48,14 @@ def run(problem: Problem, misaligned: bool, generator: torch.Generator) -> None:
     samples.assert_close(output.detach(), expected.output, "output")
     for wanted in (leaves, leaves[:1], leaves[1:4], leaves[5:]):
         present = [leaf for leaf in wanted if leaf is not None]
+        if not present:
+            continue
         upstream = samples.draw_like(output, generator)
         gradients = torch.autograd.grad(output, present, upstream, retain_graph=True)
         assert all(gradient.isfinite().all() for gradient in gradients)
-    for results in exercise.run_all(torch.ops.cbam_emulated, arguments, generator).values():
+    for name, results in exercise.run_all(torch.ops.cbam_emulated, arguments, generator).items():
+        if name == "_logits" and arguments.conv_weight is None:
+            results = results[:1]  # the logits of a gate that is not there are infinite
         assert all(result.isfinite().all() for result in results)
 
 
