@@ -33,9 +33,10 @@ CHECKED = 25  # one call in so many is compared with the definition
 WRONG = 20  # one in so many has bad arguments
 ROUNDS = 20  # after each of them memory is counted, while no call runs
 SETTLING = ROUNDS // 5  # rounds until memory is what it will be
-# Bytes that memory may grow by after that. Heaps of eight threads differ from count to count by
-# some of it; a tensor that each call leaves behind is a multiple.
+# Bytes that memory may grow by after that: the heap differs from count to count by some of it; a
+# tensor that each call leaves behind is a multiple.
 MOST_GROWTH = 16 << 20
+_M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 @dataclass
@@ -73,6 +74,7 @@ def endure(
 ) -> Result:
     """Makes so many calls, numbered from ``first``, of ``torch.ops.cbam.forward``."""
     operator = operator or torch.ops.cbam.forward
+    _use_one_heap()
     result = Result()
     numbers = [range(i, first + calls, ROUNDS) for i in range(first, first + ROUNDS)]
     with ThreadPoolExecutor(threads) as pool:
@@ -155,6 +157,16 @@ def draw(generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         normal(1),
     ]
     return [x, *parameters], grad_output
+
+
+def _use_one_heap() -> None:
+    """For all threads: what one of them frees, others take.
+
+    Each with a heap of its own they leave holes that grow for thousands of calls, of any program.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def memory_in_use(device: str) -> int:
