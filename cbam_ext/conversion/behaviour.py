@@ -18,10 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..layers import has_hooks
-from ..module import Residual
 from .casts import WithoutCasts
 from .structure import RefusalError, Structure, weight_layers
-from .translation import build, is_ours, translate_conv
+from .translation import build, cbam_of, is_ours, translate_conv
 
 # Forward in float64 agrees to about 1e-15; two different functions of random weights to about 1e-2.
 TOLERANCE = 1e-9
@@ -230,14 +229,9 @@ def _training_step(
 def _leaves(module: nn.Module, variant: Structure) -> list[Tensor | None]:
     """Weights and biases of both layers, the convolution and the norm."""
     if is_ours(module):
-        cbam = module.cbam if isinstance(module, Residual) else module
-        layers = [
-            None if module is None else getattr(module, name)
-            for module, name in (
-                *((cbam.channel, "fc1"), (cbam.channel, "fc2")),
-                *((cbam.spatial, "conv"), (cbam.spatial, "norm")),
-            )
-        ]
+        cbam = cbam_of(module)
+        places = (("channel", "fc1"), ("channel", "fc2"), ("spatial", "conv"), ("spatial", "norm"))
+        layers = [getattr(getattr(cbam, gate), name, None) for gate, name in places]
     else:
         names = (variant.fc1, variant.fc2, variant.conv, variant.norm)
         layers = [None if name is None else module.get_submodule(name) for name in names]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layers import norm_of
 from ..module import CBAM, Residual
 from .forms import FORMS, Form, form_by_shapes
-from .translation import translate_conv
+from .translation import cbam_of, translate_conv
 from .unwrapping import Candidate, candidates, unwrapped
 
 # Names that tell of something else than a CBAM, by what they end in.
@@ -209,7 +209,7 @@ def _forms_of(
         base = "".join(f"{part}." for part in parts[: len(parts) - origin.depth] if part)
         if origin.at(base, state):
             yield origin, base
-    gates = _cbam_of(target).gates
+    gates = cbam_of(target).gates
     forms = [form.with_order(maximum_first).of_gates(gates) for form in FORMS]
     base = f"{name}." if name else ""
     yield from ((form, base) for form in forms if form.at(base, state))
@@ -225,10 +225,6 @@ def _forms_of(
 def _first_name(form: Form) -> str:
     """The name of the first gate in the module around it."""
     return next(iter(form.structure.layers().values())).split(".")[0]
-
-
-def _cbam_of(target: CBAM | Residual) -> CBAM:
-    return target.cbam if isinstance(target, Residual) else target
 
 
 def _by_shapes(
@@ -298,7 +294,7 @@ def _misfits(
         yield f"{whose} adds its input; build it as cbam_ext.Residual(cbam_ext.CBAM(...))"
     elif isinstance(target, Residual) and not form.structure.residual:
         yield f"{whose} does not add its input, but cbam_ext.Residual does"
-    cbam, structure = _cbam_of(target), form.structure
+    cbam, structure = cbam_of(target), form.structure
     given, biases = {}, {}
     if cbam.channel is not None:
         hidden, channels = state[f"{base}{structure.fc1}.weight"].shape[:2]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..module import CBAM, Gates, Residual
 from .structure import Structure
+from .translation import cbam_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def form_by_shapes(
     }
     convs = [n for n, t in weights.items() if t.ndim == 4 and t.shape[:2] == (1, 2)]
     norms = [n for n, t in weights.items() if t.shape == (1,)]
-    cbam = target.cbam if isinstance(target, Residual) else target
+    cbam = cbam_of(target)
     wanted = (0 if cbam.channel is None else 2, 0 if cbam.spatial is None else 1)
     if (len(dense), len(convs)) != wanted or len(norms) > wanted[1]:
         return None

@@ -14,6 +14,10 @@ def is_ours(module: nn.Module) -> bool:
     return type(module) is CBAM or (type(module) is Residual and is_ours(module.cbam))
 
 
+def cbam_of(module: CBAM | Residual) -> CBAM:
+    return module.cbam if isinstance(module, Residual) else module
+
+
 def build(module: nn.Module, structure: Structure) -> CBAM | Residual:
     """Our module with the weights of ``module``, which it shares memory with where shapes allow."""
     layers = {ours: module.get_submodule(name) for ours, name in structure.layers().items()}
