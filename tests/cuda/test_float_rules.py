@@ -11,8 +11,9 @@ import pytest
 
 from cbam_ext.building import decisions
 
-from bench.machine_code.compilation import InspectionError, find_cuobjdump, kernels_of
+from bench.machine_code.compilation import kernels_of
 from bench.machine_code.sass import Kernel
+from support.machine_code import missing_tool
 from support.packages import CHECKOUT
 
 RULES = Path(__file__).parent / "native" / "float_rules.cu"
@@ -23,19 +24,8 @@ LOOSE = re.compile(
 )
 
 
-def _missing() -> str:
-    toolkit, why = decisions.find_toolkit()
-    if toolkit is None:
-        return f"no nvcc: {why}"
-    try:
-        find_cuobjdump()
-    except InspectionError as error:
-        return str(error)
-    return ""
-
-
 def needs_nvcc(test: Callable[..., None]) -> Callable[..., None]:
-    missing = _missing()
+    missing = missing_tool()
     skip = pytest.mark.skipif(bool(missing), reason=missing or "nothing is missing")
     return pytest.mark.slow(skip(test))
 

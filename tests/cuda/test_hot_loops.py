@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cbam_ext.building import decisions
-
 from bench import inspect_cuda
-from bench.machine_code.compilation import InspectionError, find_cuobjdump, kernels_of
+from bench.machine_code.compilation import kernels_of
 from bench.machine_code.limits import Inspected, Limits, complaints, inspect
 from bench.machine_code.loops import HotLoop
 from bench.machine_code.names import read_names
+from support.machine_code import missing_tool
 
 TOYS = Path(__file__).parent / "native" / "hot_loops.cu"
 LIMITS = Limits(cost=100, mean_cost=50, uncounted=0)
@@ -21,18 +20,7 @@ LIMITS = Limits(cost=100, mean_cost=50, uncounted=0)
 Loops = Callable[[str], list[HotLoop]]
 
 
-def _missing() -> str:
-    toolkit, why = decisions.find_toolkit()
-    if toolkit is None:
-        return f"no nvcc: {why}"
-    try:
-        find_cuobjdump()
-    except InspectionError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing() or "nothing is missing")
+pytestmark = pytest.mark.skipif(bool(missing_tool()), reason=missing_tool() or "nothing is missing")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from cbam_ext.building import decisions
+
+from bench.machine_code.compilation import InspectionError, find_cuobjdump
 from bench.machine_code.sass import Kernel, parse
 
 LOAD_A, LOAD_B = "LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]"
 USE_A, USE_B = "FADD R20, R5, R20", "FADD R20, R8, R20"
 FUNCTION = "function: FADD R9, R9, R9\nRET.REL.NODEC R20 0x0"
+
+
+def missing_tool() -> str:
+    """Why sources cannot be compiled and looked into here; empty if they can."""
+    toolkit, why = decisions.find_toolkit()
+    if toolkit is None:
+        return f"no nvcc: {why}"
+    try:
+        find_cuobjdump()
+    except InspectionError as error:
+        return str(error)
+    return ""
 
 
 def dump(code: str, *, arch: str = "sm_90", stack: int = 0, attributes: Sequence[str] = ()) -> str:
