@@ -77,7 +77,7 @@ format: $(VENV)/.extra-dev  ## put files into style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 test-matrix: $(VENV)/.extra-test  ## one build, tested under several versions of torch (ARGS="2.10.0 ...")
-	tests/matrix.sh $(BIN)/python $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m matrix $(ARGS)
 
 wheel: $(VENV)/.torch $(VENV)/.release  ## write the wheel that serves every Python and torch into dist/
 	rm -rf build/wheel build/lib* dist/*.whl

@@ -18,6 +18,7 @@ import pytest
 import cbam_ext
 from cbam_ext.building import decisions, files
 
+from support.core import run_core_tests
 from support.environments import find_python, install_torch, pip
 from support.packages import make_environment, run
 
@@ -118,6 +119,8 @@ def test_fresh_environment(wheel: Path, tmp_path: Path, version: str, torch: str
     assert facts["python"].startswith(version)
     if torch == OLDEST:
         assert facts["torch"].startswith("2.10.")
+        # The newest is what the whole suite has been run under.
+        assert run_core_tests(python, tmp_path, settings={"CBAM_TEST_BACKENDS": "cpu"}) == 0
     shutil.rmtree(tmp_path / "venv")  # some gigabytes
 
 

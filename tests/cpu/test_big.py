@@ -1,7 +1,6 @@
 """Offsets beyond 32 bits on the CPU: batches and samples of more than 2^31 elements.
 
-Inputs are reserved and read as zeros that take no memory; the last sample, or the end of a sample,
-has all that is not zero, so that results are known. What is written takes memory.
+Inputs take no memory (support/large.py); what is written does.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from support.backends import Backend
+from support.large import LargeSample, fresh_memory_is_zero, untouched
 from support.samples import (
     Problem,
     assert_close,
@@ -23,25 +23,17 @@ from support.samples import (
     truth,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.on("cpu"),
-    pytest.mark.skipif(
-        os.environ.get("CBAM_TEST_DETERMINISTIC") == "1",
-        reason="fresh memory is filled in that mode",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.on("cpu"), fresh_memory_is_zero]
 
 SAMPLE = (1, 512, 32, 32)  # 2^19 elements
 BATCH = 2**12 + 1  # the last sample begins at 2^31
 GIB = 2**30
 
 
-def untouched(sample: Tensor, batch: int) -> Tensor:
+def ending_in(sample: Tensor, batch: int) -> Tensor:
     """Zeros, but for the last sample."""
-    last = not sample.is_contiguous()
-    format = torch.channels_last if last else torch.contiguous_format
-    reserved = torch.empty((batch, *sample.shape[1:]), dtype=sample.dtype, memory_format=format)
+    layout = "nchw" if sample.is_contiguous() else "nhwc"
+    reserved = untouched((batch, *sample.shape[1:]), layout, sample.dtype)
     reserved[-1:] = sample
     return reserved
 
@@ -59,7 +51,7 @@ def test_last_sample_is_read(backend: Backend, layout: str, generator: torch.Gen
     arguments = draw(Problem(SAMPLE, 3, 4, torch.float16, layout, biases="12c"), generator)
     upstream = draw_like(arguments.input, generator)
     parameters = arguments[1:]
-    x, g = untouched(arguments.input, BATCH), untouched(upstream, BATCH)
+    x, g = ending_in(arguments.input, BATCH), ending_in(upstream, BATCH)
     assert x[:-1].numel() >= 2**31
     ops = backend.ops
 
@@ -88,7 +80,7 @@ def test_last_sample_is_written(backend: Backend, layout: str, generator: torch.
         pytest.skip("needs 6 GiB of memory for an output of 4 GiB")
     arguments = draw(Problem(SAMPLE, 3, 4, torch.float16, layout, biases="12c"), generator)
     upstream = draw_like(arguments.input, generator)
-    x, g = untouched(arguments.input, BATCH), untouched(upstream, BATCH)
+    x, g = ending_in(arguments.input, BATCH), ending_in(upstream, BATCH)
     output = backend.ops.forward(x, *arguments[1:])
     assert_close(output[-1:], truth(arguments).output, "output")
     assert not output[0].any()
@@ -100,31 +92,20 @@ def test_last_sample_is_written(backend: Backend, layout: str, generator: torch.
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_end_of_a_large_sample(backend: Backend, layout: str, generator: torch.Generator) -> None:
-    """Of 2^31 elements: the tiles of it are shared out, and the last has all that is not zero."""
-    channels, height, width = 64, 2**12, 2**13 + 1
-    parameters = draw(Problem((1, channels, 2, 2), 3, 4, biases="12c"), generator)[1:]
-    end = torch.randn(1, channels, 1, 64, generator=generator).half()
-    format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    x = torch.empty((1, channels, height, width), dtype=torch.float16, memory_format=format)
-    x[:, :, -1:, -64:] = end
-    assert x.numel() > 2**31
+    """The tiles of it are shared out, and the last ones have all that is not zero."""
+    sample = LargeSample(layout, generator)
+    pooled = backend.ops._pool(sample.input)
+    torch.testing.assert_close(pooled[:, 0].double(), sample.average, rtol=1e-5, atol=1e-12)
+    assert torch.equal(pooled[:, 1].double(), sample.maximum)
+    gates = backend.ops.gates(sample.input, *sample.parameters)
+    sample.assert_close(gates[0], sample.channel_gate)
+    sample.assert_close(gates[1], sample.spatial_gate)
 
-    pooled = backend.ops._pool(x)
-    exact = end.double().flatten(2)
-    average, maximum = exact.sum(2) / (height * width), exact.amax(2).clamp_min(0)
-    torch.testing.assert_close(pooled[:, 0].double(), average, rtol=1e-5, atol=1e-12)
-    assert torch.equal(pooled[:, 1].double(), maximum)
-    channel_gate, spatial_gate = backend.ops.gates(x, *parameters)
-    # The corner of what is not zero, of which a map of its rows has the same neighbours.
-    rows = torch.zeros(1, channels, 4, 128, dtype=torch.float16)
-    rows[:, :, -1:, -64:] = end
-    stats = backend.ops._channel_stats(rows, channel_gate).double()
-    found = backend.ops._channel_stats(x, channel_gate)[:, :, -4:, -128:]
-    torch.testing.assert_close(found.double(), stats)
-    logits = torch.nn.functional.conv2d(
-        stats, parameters[4].double(), parameters[5].double(), padding=1
+    upstream, last = sample.draw()
+    enough = available_memory() > 6 * GIB
+    found = backend.ops._backward(
+        upstream, sample.input, *gates, *sample.parameters, enough, True, True
     )
-    expected = torch.sigmoid(logits)[..., 1:, 1:]
-    torch.testing.assert_close(
-        spatial_gate[:, :, -3:, -127:].double(), expected, rtol=1e-4, atol=1e-5
-    )
+    for each, expected in zip(found, sample.gradients(last), strict=True):
+        if each is not None:
+            sample.assert_close(each, expected)

@@ -7,14 +7,13 @@ between adds nothing to any sum, so all results are known. (On a GPU, test_cuda.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from emulation import Emulation
+from support.large import LargeSample, fresh_memory_is_zero, untouched
 from support.samples import (
     Problem,
     assert_close,
@@ -24,13 +23,7 @@ from support.samples import (
     truth,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        os.environ.get("CBAM_TEST_DETERMINISTIC") == "1",
-        reason="fresh memory is filled in that mode",
-    ),
-]
+pytestmark = [pytest.mark.slow, fresh_memory_is_zero]
 
 # 2^19 elements; fewer parameters than samples of a chunk, so that their last launch runs whole.
 SAMPLE = (1, 128, 64, 64)
@@ -47,13 +40,6 @@ def device(emulation: None) -> Iterator[Emulation]:
     device.configure()
 
 
-def untouched(like: Tensor, *shape: int) -> Tensor:
-    """Reserved, and zeros where it is read."""
-    last = not like.is_contiguous()
-    format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, memory_format=format)
-
-
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_last_sample(
@@ -63,7 +49,7 @@ def test_last_sample(
     arguments = draw(Problem(SAMPLE, 3, 2, torch.float16, layout, biases="12c"), generator)
     upstream = draw_like(arguments.input, generator)
     parameters = arguments[1:]
-    x, g = (untouched(t, BATCH, *SAMPLE[1:]) for t in (arguments.input, upstream))
+    x, g = (untouched((BATCH, *SAMPLE[1:]), layout) for _ in range(2))
     x[-1:], g[-1:] = arguments.input, upstream
     assert x[:-1].numel() >= 2**31
     samples = BATCH // chunks
@@ -88,19 +74,18 @@ def test_last_sample(
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_end_of_a_large_sample(layout: str, device: Emulation, generator: torch.Generator) -> None:
-    """Of 2^31 elements, of which the last block of a sweep reads the end."""
+    """Of 2^31 elements, of which the last blocks of each sweep read the end."""
     ops = torch.ops.cbam_emulated
-    height, width, rows = 2**15 + 1, 2**15, 2
-    format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    end = torch.randn(1, 2, rows, width, generator=generator).half()
-    x = untouched(end.contiguous(memory_format=format), 1, 2, height, width)
-    x[:, :, -rows:] = end
-    assert x.numel() > 2**31
-
+    sample = LargeSample(layout, generator)
     device.configure(fill=0)
-    with device.end_parts(512):
-        pooled = ops._pool(x)
-    exact = end.double()
-    average = exact.sum((2, 3)) / (height * width)
-    torch.testing.assert_close(pooled[:, 0].double(), average, rtol=1e-4, atol=1e-12)
-    assert torch.equal(pooled[:, 1].double(), exact.amax((2, 3)))
+    # The last blocks have more than two rows of tiles of the gate's kernels, which have 16 rows.
+    with device.end_parts(256), device.record() as recording:
+        y, *gates = ops._forward_train(sample.input, *sample.parameters)
+        upstream, last = sample.draw()
+        found = ops._backward(upstream, sample.input, *gates, *sample.parameters, True, True, True)
+    assert sum(launch.grid >= 256 for launch in recording.launches) == 8  # all large ones
+    sample.assert_close(gates[0], sample.channel_gate)
+    sample.assert_close(gates[1], sample.spatial_gate)
+    sample.assert_close(y, sample.output)
+    for each, expected in zip(found, sample.gradients(last), strict=True):
+        sample.assert_close(each, expected)

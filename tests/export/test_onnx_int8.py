@@ -66,7 +66,7 @@ def test_int8(
         assert integers["QuantizeLinear"] + integers["DynamicQuantizeLinear"] > 0
         outputs += run(target, x)
         errors.append(float((outputs[-1] - expected).norm() / expected.norm()))
-    # Some per cent, more for a few draws of the weights: what counts is that the chain's are the same.
+    # Some per cent, more for a few draws of the weights; that the chain's are the same counts.
     assert 1e-6 < errors[0] < 0.5
     # Around layers that are called both averages go through one tensor, which rounds them again.
     if called:

@@ -14,6 +14,7 @@ from .packages import run
 # What torch wants on a GPU alone.
 _LEFT_OUT = ("triton", "cuda-bindings")
 _LIBRARIES = ("nvidia-", "cuda-toolkit")
+_CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 _REQUIREMENTS = """
 import importlib.metadata as metadata, json
@@ -51,7 +52,8 @@ def install_torch(python: Path, requirement: str) -> None:
     The libraries of CUDA are gigabytes and know no Python: those that this environment has in the
     same version are linked.
     """
-    pip(python, "install", "--no-deps", "--no-compile", requirement, "numpy")
+    more = ["--extra-index-url", _CPU_BUILDS] if requirement.endswith("+cpu") else []
+    pip(python, "install", "--no-deps", "--no-compile", *more, requirement, "numpy")
     needed = json.loads(run([python, "-c", _REQUIREMENTS], python.parent).stdout)
     needed = [text for text in needed if not text.startswith(_LEFT_OUT)]
     packages = _packages(python)
