@@ -29,6 +29,8 @@ class Fault:
     replacement: str
     # Whether the kernels are built anew; those whose sources are in csrc always are.
     builds: bool = False
+    # Slow tests that see what no quick one can; these are run instead.
+    slow_tests: tuple[str, ...] = ()
 
     @property
     def rebuilds(self) -> bool:
@@ -40,7 +42,9 @@ class Fault:
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """The folders of tests that mirror the file."""
+        """Those that have to see it: by default the folders that mirror the file."""
+        if self.slow_tests:
+            return self.slow_tests
         for prefix, folders in _MIRRORS.items():
             if self.file.startswith(prefix):
                 return folders
@@ -49,6 +53,8 @@ class Fault:
     @property
     def keywords(self) -> str:
         """What pytest's -k is given for these tests."""
+        if self.slow_tests:
+            return ""
         return next((k for prefix, k in _KEYWORDS.items() if self.file.startswith(prefix)), "")
 
 

@@ -55,6 +55,14 @@ PROMISED = (
         "csrc/cuda/call.cuh",
         "batch + first * elements;",
         "batch + static_cast<int>(first * elements);",
+        slow_tests=("tests/cuda/test_big.py",),
+    ),
+    Fault(
+        "cuda-blocks-begin-within-32-bits",
+        "csrc/cuda/axes.cuh",
+        "at.origin = row_origin * columns(body) + cut.first_column;",
+        "at.origin = static_cast<int>(row_origin * columns(body) + cut.first_column);",
+        slow_tests=("tests/cuda/test_big.py",),
     ),
     Fault(
         "cuda-maximum-drops-nan",
@@ -67,6 +75,21 @@ PROMISED = (
         "csrc/cpu/sample.h",
         "batch + n * elements;",
         "batch + static_cast<int>(n * elements);",
+        slow_tests=("tests/cpu/test_big.py",),
+    ),
+    Fault(
+        "cpu-rows-begin-within-32-bits",
+        "csrc/cpu/nchw.h",
+        "return c * shape.pixels + p; }",
+        "return static_cast<int>(c * shape.pixels + p); }",
+        slow_tests=("tests/cpu/test_big.py",),
+    ),
+    Fault(
+        "cpu-pixels-begin-within-32-bits",
+        "csrc/cpu/nhwc.h",
+        "return p * shape.c + c; }",
+        "return static_cast<int>(p * shape.c + c); }",
+        slow_tests=("tests/cpu/test_big.py",),
     ),
     Fault(
         "cpu-no-channel-where-all-are-minus-infinity",

@@ -109,10 +109,12 @@ class Trial:
 
 
 def _arguments(fault: Fault, stage: str) -> list[str]:
-    """Of pytest. The marks of pyproject.toml hold but in the last stage."""
+    """Of pytest. The marks of pyproject.toml hold but for a fault's slow tests and in the last
+    stage."""
     common = ["-v", "--tb=short", "-p", "no:cacheprovider", _NOT_THOSE]
     if stage == "folder":
         selected = ["-k", fault.keywords] if fault.keywords else []
+        selected += ["-m", ""] if fault.slow_tests else []
         return [*common, *selected, *fault.tests]
     common += ["-n", str(WORKERS)]
     return (
