@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from cbam_ext.building import decisions
+
 from bench.machine_code.flow import analyse
 from bench.machine_code.loops import HotLoop, hot_loops, is_wide
 from bench.machine_code.names import Name
 from bench.machine_code.sass import Kernel
 
-# All that the builds are made for or run on; those whose hot loops are held to LIMITS.
-ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# What builds have machine code for by default, which runs on all that lie between; and those whose
+# hot loops are held to LIMITS.
+ARCHS = decisions.DEFAULT_ARCHS
 ARCHS_OF_LOOPS = ("8.0", "9.0")
 
 

@@ -385,13 +385,15 @@ class TestFacts:
         assert facts["cuda"] is None
         assert facts["source_hash"] == decisions.source_hash()
 
-    def test_an_editable_build_keeps_its_objects(self, tmp_path: Path) -> None:
+    def test_an_editable_build_keeps_its_objects(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compile, "__file__", str(tmp_path / "cbam_ext/building/compile.py"))
         command = compile.build_command(CudaPlan(None, (), ""))(Distribution())
         command.build_lib, command.extensions = str(tmp_path), []
         command.editable_mode = True
         usual = Distribution().get_command_obj("build")
         usual.ensure_finalized()
-        command._remove_earlier_build = lambda: None
         command.run()
         assert Path(command.build_temp) == Path(usual.build_temp)
 

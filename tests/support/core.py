@@ -40,7 +40,7 @@ def run_core_tests(
     shutil.copy(CHECKOUT / "pyproject.toml", folder)
     left_out = [f"--ignore={path}" for path in _NOT_THOSE]
     command = [python, "-m", "pytest", "-q", "-n", "2", *_TESTS, *left_out, *options]
-    env = clean_env(CXXFLAGS=None, OMP_WAIT_POLICY="passive", **(settings or {}))
+    env = clean_env(CXX=None, CXXFLAGS=None, OMP_WAIT_POLICY="passive", **(settings or {}))
     # With its own programs first: ninja and others are asked for by name.
     env["PATH"] = f"{python.parent}:{env['PATH']}"
     return subprocess.run(list(map(str, command)), cwd=folder, env=env, check=False).returncode
