@@ -119,7 +119,7 @@ def in_bell(name: str, search: str, replacement: str) -> Fault:
 @pytest.mark.slow
 def test_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a small tree: what finds what; a second call knows it, and the tree is as it was."""
-    monkeypatch.setattr(trial, "_LEAST_SECONDS", 30)
+    monkeypatch.setattr(trial, "_LEAST_SECONDS", 15)
     monkeypatch.setattr(trial, "_PATIENCE", 0)
     root = tmp_path / "tree"
     for path, text in TREE.items():

@@ -36,6 +36,7 @@ REDUNDANT: dict[tuple[str, str, str], str] = {}
 class Machine:
     """An emulated library, under its own namespace."""
 
+    kind: Build
     device: Emulation
     ops: Any
 
@@ -74,7 +75,7 @@ def machine(request: pytest.FixtureRequest) -> Any:
     device = operators(kind)
     namespace = build.NAMESPACES[kind]
     cbam_ext.ops.register(namespace)
-    yield Machine(device, getattr(torch.ops, namespace))
+    yield Machine(kind, device, getattr(torch.ops, namespace))
     device.configure()
     device.set_order()
 
@@ -91,7 +92,10 @@ def _family(kernel: str) -> str:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_races_on_few(machine: Machine, generator: torch.Generator, order: str) -> None:
-    for problem in samples.FEW:
+    # All that is shared is watched in any order, and takes its time: many runs see all pairs.
+    first = (ORDERS.index(order) + SEED) % 3
+    problems = samples.FEW[first::3] if machine.kind is Build.INSTRUMENTED else samples.FEW
+    for problem in problems:
         arguments = samples.draw(problem, generator)
         with machine.device.order(order, 1):
             found = machine.detect(arguments, generator)
