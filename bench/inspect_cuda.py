@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         # What the build has compiled already is not compiled again.
         found = kernels_of_build(LIBRARY, archs) if options.all_sources else []
         rest = [arch for arch in archs if machine_name(arch) not in {each.arch for each in found}]
-        found += kernels_of(options.files, rest)
+        found += kernels_of(options.files, rest, options.read_archs)
         compiler = nvcc_version() if options.all_sources else ""
     except (InspectionError, decisions.BuildError) as error:
         print(f"inspect_cuda: {error}", file=sys.stderr)
@@ -122,8 +122,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--archs",
         nargs="+",
-        help=f"what to compile .cu files for (default: {' '.join(ARCHS_OF_LOOPS)}); all: "
-        f"{' '.join(ARCHS)}, as far as nvcc knows them",
+        help=f"what to compile .cu files for (default: {' '.join(ARCHS_OF_LOOPS)}), and to read in "
+        f"compiled ones (default: all that they have); all: {' '.join(ARCHS)}, as far as nvcc "
+        "knows them",
     )
     parser.add_argument("--all", action="store_true", help="show all kernels, main ones with a *")
     parser.add_argument("--check", action="store_true", help="fail on what kernels must not do")
@@ -137,6 +138,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--write is about all sources and architectures: name none")
     if options.write:
         options.archs = ["all"]
+    options.read_archs = [] if options.archs == ["all"] else options.archs or []
     options.all_sources = options.archs == ["all"] and not options.files
     options.files = options.files or (kernel_sources() if options.archs else [LIBRARY])
     options.archs = options.archs or ARCHS_OF_LOOPS

@@ -64,9 +64,12 @@ def known_archs(archs: Iterable[str]) -> list[str]:
     return [arch for arch in archs if arch in known]
 
 
-def kernels_of(files: Iterable[Path], archs: Iterable[str]) -> list[Kernel]:
-    """The kernels of compiled files, and of .cu files compiled for these architectures.
+def kernels_of(
+    files: Iterable[Path], archs: Iterable[str], read_archs: Iterable[str] = ()
+) -> list[Kernel]:
+    """The kernels of .cu files, compiled for these architectures, and of compiled files.
 
+    Of the latter only those for ``read_archs``, if any are named.
     MAX_JOBS bounds how many are compiled at once; without it, the cores do.
     """
     cuobjdump = find_cuobjdump()
@@ -79,7 +82,8 @@ def kernels_of(files: Iterable[Path], archs: Iterable[str]) -> list[Kernel]:
                     target = Path(folder) / f"{len(work)}.fatbin"
                     work.append(pool.submit(_compile_and_read, file, arch, target, cuobjdump))
             else:
-                work.append(pool.submit(_read, file, cuobjdump))
+                for arch in list(read_archs) or [""]:
+                    work.append(pool.submit(_read, file, cuobjdump, arch))
         return [kernel for each in work for kernel in each.result()]
 
 
@@ -143,10 +147,11 @@ def _torch_includes() -> list[str]:
     return [f"-I{folder}/include" for folder in folders]
 
 
-def _read(binary: Path, cuobjdump: Path) -> list[Kernel]:
-    """The kernels in a library, object, fatbin or cubin."""
+def _read(binary: Path, cuobjdump: Path, arch: str = "") -> list[Kernel]:
+    """The kernels in a library, object, fatbin or cubin; for one architecture, or all."""
+    only = ["-arch", machine_name(arch)] if arch else []
     done = subprocess.run(
-        [str(cuobjdump), "-res-usage", "-elf", "-sass", str(binary)],
+        [str(cuobjdump), *only, "-res-usage", "-elf", "-sass", str(binary)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
