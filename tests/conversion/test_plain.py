@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.nn.utils import prune
 
 import cbam_ext
 
+from support import forks
 from support.conversions import assert_equal, draw, shake, step, timm_cbam
 
 CASES: dict[str, dict[str, Any]] = {
@@ -119,7 +118,8 @@ def test_pickles_without_the_package(generator: torch.Generator, tmp_path: Path)
     x = torch.randn(2, 3, 64, 64, generator=generator)
     torch.save(cbam_ext.to_plain(model), tmp_path / "model.pt")
     torch.save(x, tmp_path / "x.pt")
-    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE], cwd=tmp_path, check=True)
+    done = forks.with_smp().run(WITHOUT_THE_PACKAGE, folder=tmp_path, paths=[])
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x), rtol=1e-4, atol=1e-4)
 

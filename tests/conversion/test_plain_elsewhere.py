@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 import cbam_ext
 from cbam_ext.conversion.plain import is_plain_cbam
 
-from support import peers
+from support import forks, peers
 from support.chains import assert_alike, draw_cbam, step
 from support.conversions import draw, shake
 from support.packages import CHECKOUT
@@ -242,13 +239,15 @@ assert gates and gates <= trained, gates - trained
 """
 
 
-def run_elsewhere(model: nn.Module, x: Tensor, folder: Path) -> None:
+def run_elsewhere(
+    model: nn.Module, x: Tensor, folder: Path, processes: forks.Forks | None = None
+) -> None:
     """A pickle of the plain form gives the same in a process that has not this package."""
     torch.save(cbam_ext.to_plain(model.eval()), folder / "model.pt")
     torch.save(x, folder / "x.pt")
-    paths = [str(CHECKOUT / "tests"), os.environ.get("PYTHONPATH", "")]  # for classes of peers
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True, env=environment)
+    tests = CHECKOUT / "tests"  # for classes of peers
+    done = (processes or forks.with_torch()).run(ELSEWHERE, folder=folder, paths=[tests])
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = model(x)
     for found in torch.load(folder / "y.pt"):
@@ -288,7 +287,8 @@ def test_a_placed_model_elsewhere(
     encoder, options, size = PLACED[architecture]
     model = getattr(smp, architecture)(encoder, encoder_weights=None, **options)
     add_cbam(model, ["encoder", "decoder"], norm_layer="batchnorm")
-    run_elsewhere(model, torch.randn(2, 3, size, size, generator=generator), tmp_path)
+    x = torch.randn(2, 3, size, size, generator=generator)
+    run_elsewhere(model, x, tmp_path, forks.with_smp())  # which the pickle imports first of all
 
 
 class Block(nn.Module):
