@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -17,15 +16,27 @@ from scipy import ndimage
 
 import cbam_ext.smp
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "segment_coins.py"
-PACKAGE = Path(cbam_ext.__file__).parent.parent  # the copy under test, also for subprocesses
+from support import forks
+from support.packages import CHECKOUT
 
+SCRIPT = CHECKOUT / "examples" / "segment_coins.py"
+# As torchrun does, whose workers would each import everything again.
+TORCHRUN = """
+import runpy
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-def run(*command: str | Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), **changes}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
+def run():
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+if __name__ == "__main__":
+    sys.argv.pop(0)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", start_method="fork",
     )
+    elastic_launch(config, run)()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +68,16 @@ def assert_complete(done: subprocess.CompletedProcess[str], picture: Path) -> No
 @pytest.mark.slow
 def test_quick_run_prints_and_draws_into_a_new_folder(tmp_path):
     picture = tmp_path / "new" / "folder" / "coins.png"
-    assert_complete(run(SCRIPT, "--quick", "--output", picture, "--threads", "1"), picture)
+    done = forks.with_smp().run(SCRIPT, "--quick", "--output", picture, "--threads", "1")
+    assert_complete(done, picture)
 
 
 @pytest.mark.slow
 def test_torchrun_trains_in_two_processes_and_reports_once(tmp_path):
     picture = tmp_path / "coins.png"
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    done = run(*launcher, SCRIPT, "--quick", "--output", picture, CUDA_VISIBLE_DEVICES="")
+    done = forks.with_smp().run(
+        TORCHRUN, SCRIPT, "--quick", "--output", picture, "--threads", "1", CUDA_VISIBLE_DEVICES=""
+    )
     assert_complete(done, picture)
 
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 import cbam_ext.smp
+from cbam_ext.cost import timing
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from support import forks
+from support.packages import CHECKOUT
+
+STUDY = CHECKOUT / "examples" / "placement_study.py"
 TINY = ["--encoder", "tu-mobilenetv3_small_050", "--size", "32", "--batch", "2", "--rounds", "1"]
 TINY += ["--threads", "1", "--device", "cpu", "--steps", "3", "--seeds", "2"]
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import placement_study
-
-        yield placement_study
-    finally:
-        sys.path[:] = [path for path in sys.path if path != str(EXAMPLES)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +36,19 @@ def _registered() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are hardly warmed up: what they cost is not asked here."""
+    monkeypatch.setattr(timing.Stopwatch, "LONG", 0.0)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Images with a bright square each, and masks of these squares."""
+    return make_folders(tmp_path)
+
+
+def make_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Images with a bright square each, and masks of these squares; always the same."""
     generator = np.random.default_rng(7)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -127,12 +124,9 @@ def test_more_seeds_and_places_keep_what_is_there(program, folders, tmp_path, mo
 
 @pytest.mark.slow
 def test_the_coins_as_a_program(tmp_path):
-    command = [sys.executable, EXAMPLES / "placement_study.py", *TINY, "--places", "blocks"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cbam_ext.__file__).parent.parent)}
-    done = subprocess.run(
-        [*map(str, command), "--seeds", "1", "--output", str(tmp_path / "new" / "folder")],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    done = forks.with_smp().run(
+        STUDY, *TINY, "--places", "blocks", "--seeds", "1", "--output", tmp_path / "new" / "folder"
+    )
     assert done.returncode == 0, done.stderr
     assert "photograph of coins" in done.stdout and "One seed has no spread" in done.stdout
     assert "run 2 of 2" in done.stderr
@@ -181,23 +175,24 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(folders, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(cbam_ext.__file__).parent.parent)}
-    more = ["--places", "blocks", "--steps", "4"]
+    processes, killed = forks.with_smp(), tmp_path / "killed"
 
-    def command(output: str) -> list[str]:
-        script = str(EXAMPLES / "placement_study.py")
-        return [sys.executable, script, *arguments(folders, tmp_path / output, *more)]
+    def command(output: Path) -> list[str | Path]:
+        return [STUDY, *arguments(folders, output, "--places", "blocks", "--steps", "4")]
 
-    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL)
+    def run(output: Path) -> None:
+        done = processes.run(*command(output))
+        assert done.returncode == 0, done.stderr
+
+    run(tmp_path / "whole")
+    processes.start(*command(killed))
     try:
-        while process.poll() is None and len(list((tmp_path / "killed").glob("runs/*.json"))) < 2:
+        while processes.running() and len(list(killed.glob("runs/*.json"))) < 2:
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command("killed"), env=environment, check=True, capture_output=True)
-    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+        processes.kill()
+    run(killed)
+    assert results(killed) == results(tmp_path / "whole")
 
 
 def test_nothing_is_half_written(program, tmp_path, monkeypatch):
@@ -214,6 +209,15 @@ def test_nothing_is_half_written(program, tmp_path, monkeypatch):
     assert path.read_bytes() == b"before"
 
 
+@pytest.fixture(scope="module")
+def finished(program: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a study of one model has left behind."""
+    folder = tmp_path_factory.mktemp("finished")
+    given = arguments(make_folders(folder), folder / "out", "--places", "none")
+    assert program.main(given) == 0
+    return folder / "out"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -225,11 +229,11 @@ def test_nothing_is_half_written(program, tmp_path, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_results_of_another_study_are_not_mixed_in(
-    change, message, program, folders, tmp_path, capsys
+    change, message, program, finished, folders, tmp_path, capsys
 ):
-    output = tmp_path / "out"
-    assert program.main(arguments(folders, output, "--places", "none")) == 0
+    output = shutil.copytree(finished, tmp_path / "out")
     before = results(output)
+    assert len(before) == 2
     if change is None:  # one pixel of one image
         path = folders[0] / "0.jpg"
         image = np.asarray(Image.open(path)).copy()
@@ -243,9 +247,8 @@ def test_results_of_another_study_are_not_mixed_in(
     assert results(output) == before
 
 
-def test_a_damaged_result_is_named(program, folders, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert program.main(arguments(folders, output, "--places", "none", "--seeds", "1")) == 0
+def test_a_damaged_result_is_named(program, finished, folders, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "out")
     (output / "runs" / "none-0.json").write_text("{}")
     capsys.readouterr()
     assert program.main(arguments(folders, output, "--places", "none", "--seeds", "1")) == 2
@@ -313,134 +316,6 @@ def test_the_measure_is_that_of_the_whole_held_out_set(classes, program):
     ious = [((p == c) & (t == c)).sum() / ((p == c) | (t == c)).sum() for c in range(classes)]
     expected = ious[1] if classes == 2 else sum(ious) / classes
     assert found == pytest.approx(float(expected), rel=1e-6)
-
-
-# ------------------------------------------------------------------------------ what is claimed
-
-
-def test_a_difference_is_that_of_a_paired_test(program):
-    from study.statistics import paired_difference
-
-    generator = np.random.default_rng()
-    ours = dict(enumerate(generator.normal(0.8, 0.1, 6)))
-    theirs = {seed: value - 0.01 + generator.normal(0, 0.005) for seed, value in ours.items()}
-    found = paired_difference(ours, {**theirs, 99: 0.0}, comparisons=4)
-    test = stats.ttest_rel(list(ours.values()), list(theirs.values()))
-    expected = test.confidence_interval(1 - 0.05 / 4)
-    assert found.seeds == 6
-    assert found[:3] == pytest.approx(
-        (np.mean([ours[s] - theirs[s] for s in ours]), expected.low, expected.high)
-    )
-    assert found.is_told == (test.pvalue < 0.05 / 4)
-
-
-def test_seldom_is_anything_told_of_models_that_do_not_differ(program):
-    """In 5 % of studies at most, however many models there are and however alike their seeds."""
-    from study.report import rows_of
-
-    generator, wrong, studies = np.random.default_rng(11), 0, 400
-    variants = [program.Variant("none"), *(program.Variant("blocks", i / 9) for i in range(1, 6))]
-    for _ in range(studies):
-        shared = generator.normal(0.7, 0.2, 5)  # what a seed's crops do to all models
-        outcomes = [
-            program.Outcome(v, s, shared[s] + generator.normal(0, 0.01), [generator.normal()])
-            for v in variants
-            for s in range(5)
-        ]
-        rows = rows_of(outcomes, variants[0])
-        wrong += any(r.iou_difference.is_told or r.early_difference.is_told for r in rows[1:])
-    assert wrong < 0.08 * studies
-
-
-def outcomes_of(program: ModuleType, gains: dict[str, list[float]]) -> list[Any]:
-    crops = [0.6, 0.9, 0.7, 0.8, 0.5]
-    return [
-        program.Outcome(program.Variant(place), seed, crops[seed] + gain, [1.0 - gain] * 8)
-        for place, found in gains.items()
-        for seed, gain in enumerate(found)
-    ]
-
-
-def test_words_follow_the_spread(program):
-    from study import report
-
-    gains = {
-        "none": [0.0] * 5,
-        "scse": [0.05, 0.051, 0.049, 0.05, 0.052],
-        "skips": [-0.03, -0.032, -0.029, -0.03, -0.031],
-        "encoder": [0.2, -0.1, 0.1, -0.15, 0.05],
-    }
-    none = program.Variant("none")
-    text = report.conclusion(report.rows_of(outcomes_of(program, gains), none), none)
-    iou, loss, rest = text.splitlines()
-    assert iou == (
-        "- held-out IoU: better than none: scse. worse than none: skips. "
-        "not told apart from none: encoder."
-    )
-    assert loss == iou.replace("held-out IoU", "loss in the first quarter")  # which is better low
-    assert "over 5 seeds" in rest
-    alone = {place: found[:1] for place, found in gains.items()}
-    text = report.conclusion(report.rows_of(outcomes_of(program, alone), none), none)
-    assert "not told apart from none: scse; skips; encoder." in text
-    assert "One seed has no spread" in text and "better" not in text
-
-
-def test_losses_that_are_no_numbers_tell_nothing(program):
-    from study.statistics import paired_difference
-
-    found = paired_difference({0: math.nan, 1: 1.0, 2: 1.0}, {0: 0.0, 1: 0.0, 2: 0.0}, 1)
-    assert not found.is_told
-    with pytest.raises(ValueError, match="no seed in common"):
-        paired_difference({0: 1.0}, {1: 1.0}, 1)
-
-
-@pytest.mark.parametrize(
-    ("turns", "told"),
-    [([1.1, 1.2, 1.1, 1.3], "+150.0 ms"), ([1.1, 0.9, 1.1, 0.95], "lost in noise"),
-     ([0.9, 0.9, 0.9, 0.9], "lost in noise")],
-    ids=["slower", "mixed", "faster"],
-)  # fmt: skip
-def test_milliseconds_that_are_noise_are_not_told(turns, told, program):
-    from study import report
-
-    cost = {"training_seconds": 1.0, "activation_bytes": 2**20, "parameters": 1000}
-    models = {
-        "none": {**cost, "training_turns": [1.0] * 4},
-        "scse": {
-            **cost,
-            "activation_bytes": 3 * 2**20,
-            "parameters": 2500,
-            "training_turns": turns,
-        },
-    }
-    gains = {"none": [0.0] * 3, "scse": [0.1, 0.2, 0.3]}
-    none = program.Variant("none")
-    rows = report.rows_of(outcomes_of(program, gains), none)
-    lines = report.table(rows, {"models": models}, none).splitlines()
-    assert [cell.strip() for cell in lines[3].split("|")][6:9] == [told, "+2.0 MiB", "+1,500"]
-
-
-def test_the_numbers_of_the_pages_are_those_that_were_measured(program):
-    """bench/results/gate_starts.md follows from its JSON, and docs/study.md quotes it."""
-    from study import report
-
-    results = EXAMPLES.parent / "bench" / "results"
-    written = (results / "gate_starts.md").read_text()
-    measured = json.loads((results / "gate_starts.json").read_text())
-    none = program.Variant("none")
-    for name, found in measured.items():
-        part = written.split(f"## {name}\n")[1].split("\n## ")[0]
-        outcomes = [
-            program.Outcome(program.Variant(*run["variant"]), int(seed), iou, [early])
-            for run in found["runs"]
-            for seed, (iou, early) in run["seeds"].items()
-        ]
-        rows = report.rows_of(outcomes, none)
-        assert report.table(rows, found["costs"], none) in part
-        assert report.conclusion(rows, none) in part
-    page = (EXAMPLES.parent / "docs" / "study.md").read_text().split("## How should gates begin")[1]
-    cells = re.findall(r"[\d.]+ ± [\d.]+", page)
-    assert len(cells) > 10 and [cell for cell in cells if cell not in written] == []
 
 
 # ------------------------------------------------------------------------------ bad inputs
