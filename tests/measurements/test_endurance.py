@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import endurance
+from support import forks
 from support.packages import CHECKOUT
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _only_what_is_new() -> Iterator[None]:
+    """Is looked through when memory is counted, and not all of torch each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+PROGRAM = "from bench import endurance; raise SystemExit(endurance.main())"
+
+
 def test_some_thousand_calls_from_eight_threads() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.endurance", "--calls", "4000"],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = forks.with_torch().run(PROGRAM, "--calls", 4000, folder=CHECKOUT)
     assert done.returncode == 0, done.stderr
     assert "4000 calls, 200 of them refused as they had to be, 160 compared" in done.stdout
 

@@ -2,6 +2,7 @@
 demand. Only that: whatever else it did, each program would find done.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ def main() -> None:
     del sys.path[0]  # this folder
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()  # so that no program looks through all of these modules for garbage
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
