@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from torch import Tensor, nn
 
 import cbam_ext
 
+from support import forks
 from support.backends import Backend
 from support.operators import NAMES as OPERATORS
 from support.operators import calls
 from support.samples import FEW, Problem, assert_gradients_close, draw, draw_like
 
-PACKAGE = Path(cbam_ext.__file__).parent.parent  # the copy under test, also for subprocesses
 DYNAMIC = {0: "batch", 2: "height", 3: "width"}
 
 NORMS = [None, nn.BatchNorm2d, nn.InstanceNorm2d]
@@ -161,8 +159,15 @@ def test_aot_inductor_package_in_a_fresh_process(
 ) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), cbam_ext.CBAM(6), nn.ReLU()).eval()
     program = _export(model, torch.randn(2, 3, 5, 7, generator=generator))
+    # Headers compiled beforehand, and optimised code, would be for this one package.
+    options = {"precompile_headers": False, "compile_wrapper_opt_level": "O0"}
     package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
+        program,
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs={
+            "cpp_cache_precompile_headers": False,
+            **{f"aot_inductor.{name}": value for name, value in options.items()},
+        },
     )
     x = torch.randn(3, 3, 9, 4, generator=generator)
     torch.save((x, model(x)), tmp_path / "expected.pt")
@@ -173,8 +178,8 @@ model = torch._inductor.aoti_load_package(sys.argv[1])
 x, expected = torch.load(sys.argv[2])
 torch.testing.assert_close(model(x), expected)
 """
-    command = [sys.executable, "-c", code, package, str(tmp_path / "expected.pt")]
-    subprocess.run(command, cwd=PACKAGE, check=True)
+    done = forks.with_torch().run(code, package, tmp_path / "expected.pt")
+    assert done.returncode == 0, done.stderr
 
 
 def _scripted(module: nn.Module, _: Tensor) -> torch.jit.ScriptModule:
