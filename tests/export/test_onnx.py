@@ -243,7 +243,7 @@ def treated(treat: Callable[..., object], name: str, **options: object) -> nn.Mo
 
 
 def placed() -> nn.Module:
-    model = smp.Linknet("resnet18", encoder_weights=None, encoder_depth=3)
+    model = smp.Linknet("resnet18", encoder_weights=None, encoder_depth=2)
     cbam_ext.smp.add_cbam(model)
     return model
 
@@ -306,12 +306,11 @@ def registered() -> Iterator[None]:
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("way", PLAIN_CALLS, ids=name_of)
 @pytest.mark.parametrize(
-    ("architecture", "depth", "attention"),
+    ("architecture", "attention"),
     [
-        (smp.Unet, 3, "cbam"),
+        (smp.Unet, "cbam"),
         (
             smp.UnetPlusPlus,
-            2,
             {"type": "cbam", "reduction": 8, "mlp_bias": True, "norm_layer": "batchnorm"},
         ),
     ],
@@ -320,7 +319,6 @@ def registered() -> Iterator[None]:
 def test_smp(
     way: Way,
     architecture: type[nn.Module],
-    depth: int,
     attention: str | dict[str, object],
     file: Path,
     generator: torch.Generator,
@@ -328,8 +326,8 @@ def test_smp(
     model = architecture(
         "resnet18",
         encoder_weights=None,
-        encoder_depth=depth,
-        decoder_channels=(32, 32, 16)[:depth],
+        encoder_depth=2,
+        decoder_channels=(32, 16),
         decoder_attention_type=attention,
     ).eval()
     make_gates_tell(model)

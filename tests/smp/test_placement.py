@@ -139,7 +139,7 @@ def gradients(model: nn.Module, x: Tensor, upstream: Tensor | None = None) -> di
 @pytest.mark.parametrize("case", ONE_OF_EACH + MORE, ids=str)
 def test_every_place_computes_learns_and_leaves_the_model_as_it_was(case):
     model = build(case).double()
-    x = image(case.size).double()
+    x = image(case.size, batch=1).double()
     plain = model(x)
     before = model.state_dict(keep_vars=True)
     with_gradient = set(gradients(model, x))
@@ -354,7 +354,7 @@ def test_identity_learns_from_the_second_step_on(norm):
 @pytest.mark.slow
 def test_a_model_that_was_compiled_before() -> None:
     """Compiled code would not call the hooks."""
-    model = smp.FPN("resnet18", encoder_weights=None).eval()
+    model = build(SMALL_UNET)
     model.compile(backend="eager")
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
