@@ -158,10 +158,15 @@ def _library(kind: str, decided: CudaPlan, root: Path) -> Extension:
 
 
 def _threads_per_source(archs: tuple[str, ...], env: Mapping[str, str] = os.environ) -> int:
-    """Architectures that nvcc compiles at once: two big sources share the jobs that there are."""
+    """Architectures that nvcc compiles at once: two big sources share the jobs that there are.
+
+    Where nobody bounds them, two at least: the biggest source goes on when all others are done.
+    """
     jobs = env.get("MAX_JOBS", "")
-    available = int(jobs) if jobs.isdigit() else os.cpu_count() or 1
-    return max(1, min(len(archs), available // 2))
+    if jobs.isdigit():
+        return max(1, min(len(archs), int(jobs) // 2))
+    cores = os.cpu_count() or 1
+    return min(len(archs), max(cores // 2, min(cores, 2)))
 
 
 def _relative(kind: str, root: Path) -> list[str]:
