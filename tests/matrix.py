@@ -1,7 +1,8 @@
 """One build, tested under several versions of torch: make test-matrix (ARGS="2.10.0 newest").
 
-Each version gets an environment of its own, kept in .venv-matrix for the next call, into which the
-same wheel is installed, made by the torch that runs this.
+Each version gets an environment of its own, into which the same wheel is installed, made by the
+torch that runs this. Environments are kept in .venv-matrix for the next call; that of the newest
+torch, which may be another one by then, is made anew.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from support.core import run_core_tests
 from support.environments import install_torch, pip
-from support.packages import CHECKOUT
+from support.packages import CHECKOUT, run
 
 NEWEST = "newest"
 DEFAULT = ("2.10.0", "2.13.0+cpu", NEWEST)
@@ -45,11 +46,14 @@ def make_wheel(folder: Path) -> Path:
 def passes(version: str, wheel: Path) -> bool:
     environment = ENVIRONMENTS / f"torch-{version}"
     python = environment / "bin" / "python"
-    if not environment.is_dir():
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    complete = environment / "complete"
+    if version == NEWEST or not complete.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         install_torch(python, "torch" if version == NEWEST else f"torch=={version}")
+        complete.touch()
     pip(python, "install", "--no-deps", "--force-reinstall", wheel)
-    print(f"=== torch {version}", flush=True)
+    found = run([python, "-c", "import torch; print(torch.__version__)"], environment).stdout
+    print(f"=== torch {found.strip()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         marks = "not install and not tools and not runtimes"
         return run_core_tests(python, Path(folder), "-m", marks) == 0

@@ -159,4 +159,7 @@ def _read(binary: Path, cuobjdump: Path, arch: str = "") -> list[Kernel]:
     )
     if done.returncode:
         raise InspectionError(f"{cuobjdump} cannot read {binary}:\n{done.stdout[-2000:]}")
-    return parse(done.stdout)
+    kernels = parse(done.stdout)
+    if arch and not kernels:
+        raise InspectionError(f"{binary} has no kernels for {arch}")
+    return kernels

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from cbam_ext.building import decisions
 
 from bench import inspect_cuda
 from bench.machine_code.compilation import kernels_of
@@ -85,6 +88,20 @@ def test_complaints(toys: list[Inspected]) -> None:
         (found,) = [line for line in wrong if line.startswith(begin)]
         assert end in found
     assert len(wrong) == 5
+
+
+def test_chosen_architectures_of_a_compiled_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = tmp_path / "toys.fatbin"
+    archs = decisions.gencode_flags(("8.0", "9.0"))
+    toolkit, _ = decisions.find_toolkit()
+    command = [toolkit.nvcc, "-std=c++17", *archs, "-fatbin", TOYS, "-o", compiled]
+    subprocess.run(command, check=True)
+    assert {kernel.arch for kernel in kernels_of([compiled], ())} == {"sm_80", "sm_90"}
+    assert {kernel.arch for kernel in kernels_of([compiled], (), ["9.0"])} == {"sm_90"}
+    assert inspect_cuda.main([str(compiled), "--archs", "7.5"]) == 2
+    assert f"{compiled} has no kernels for 7.5" in capsys.readouterr().err
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

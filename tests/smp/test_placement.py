@@ -139,7 +139,7 @@ def gradients(model: nn.Module, x: Tensor, upstream: Tensor | None = None) -> di
 @pytest.mark.parametrize("case", ONE_OF_EACH + MORE, ids=str)
 def test_every_place_computes_learns_and_leaves_the_model_as_it_was(case):
     model = build(case).double()
-    x = image(case.size, batch=1).double()
+    x = image(case.size).double()
     plain = model(x)
     before = model.state_dict(keep_vars=True)
     with_gradient = set(gradients(model, x))

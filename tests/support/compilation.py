@@ -9,7 +9,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from cbam_ext.building import compile, decisions
 
+from .kept_objects import delete_old
 from .packages import CHECKOUT
 
 CSRC = decisions.source_dir()
 
 JOBS = 2
-KEPT_DAYS = 3  # a file of the cache that was not used for so long is deleted
 
 _HEADERS = {".h", ".cuh", ".inl"}
 
@@ -179,10 +178,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _delete_old_files(cache: Path, used: set[Path]) -> None:
-    now = time.time()
     for path in used:
         if path.exists():
             os.utime(path)
-    for path in cache.glob("*-*.*"):
-        if path not in used and now - path.stat().st_mtime > KEPT_DAYS * 24 * 3600:
-            path.unlink()
+    delete_old(path for path in cache.glob("*-*.*") if path not in used)

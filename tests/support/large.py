@@ -11,7 +11,8 @@ import os
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+
+from cbam_ext import reference
 
 from .samples import Problem, draw
 
@@ -44,7 +45,8 @@ class LargeSample:
         assert self.input.numel() > 2**31
         self._leaves = [t.double().requires_grad_() for t in (last, *self.parameters)]
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, conv_weight, conv_bias = self._leaves
-        # Not amax, which splits its gradient among equals: float16 has some, and zeros are.
+        # The reference pools what it is given, and this is not all. Not amax, which splits its
+        # gradient among equals: float16 has some.
         self.maximum = x.flatten(2).max(2).values.clamp_min(0)
         self.average = x.sum((2, 3)) / pixels
         logits = torch.zeros(1, channels, dtype=torch.float64)
@@ -52,11 +54,9 @@ class LargeSample:
             hidden = torch.relu(pooled @ fc1_weight.T + fc1_bias)
             logits = logits + hidden @ fc2_weight.T + fc2_bias
         self.channel_gate = torch.sigmoid(logits)[:, :, None, None]
-        refined = x * self.channel_gate
-        statistics = [refined.mean(1, keepdim=True), refined.max(1, keepdim=True).values]
-        logits = conv2d(torch.cat(statistics, 1), conv_weight, conv_bias, padding=1)
+        logits = reference.spatial_logits(x, self.channel_gate, conv_weight, conv_bias)
         self.spatial_gate = torch.sigmoid(logits)
-        self.output = refined * self.spatial_gate
+        self.output = reference.apply_gates(x, self.channel_gate, logits)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """A map of the sample's shape, and its last rows."""
