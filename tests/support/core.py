@@ -36,7 +36,8 @@ def run_core_tests(
     pytest's exit status; what it prints is seen at once.
     """
     pip(python, "install", "--no-compile", *_REQUIREMENTS)
-    shutil.copytree(CHECKOUT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pyc*"))
+    for name in ("tests", "csrc"):  # which the emulation includes by its place
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pyc*"))
     shutil.copy(CHECKOUT / "pyproject.toml", folder)
     left_out = [f"--ignore={path}" for path in _NOT_THOSE]
     command = [python, "-m", "pytest", "-q", "-n", "2", *_TESTS, *left_out, *options]
